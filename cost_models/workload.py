@@ -1,0 +1,185 @@
+"""What a pipeline call does, as data: the trace writes it, every cost model reads it.
+
+A trace is a program with subroutines. A :class:`Routine` is one distinct call of a module (same
+structure, same input signature); its events allocate, free, launch kernels and call other routines.
+Fifty denoising steps, sixty equal blocks and two hundred tiles are one routine each, called often.
+
+Events are tuples, so that traces of video decoders stay small and fast:
+
+====================================================  ==============================================
+``("a", buffer, num_bytes)``                          allocate; *buffer* numbers a storage in this routine
+``("f", buffer)``                                     free a buffer of this routine
+``("x", k)``                                          free the k-th outside buffer (see ``Routine.outside``)
+``("k", kernel)``                                     launch ``Workload.kernels[kernel]``
+``("c", routine, path, returned, outside)``           call ``Workload.routines[routine]`` on submodule *path*
+====================================================  ==============================================
+
+In a call, ``returned`` gives this routine's numbers for the buffers that outlive the callee, in the
+order of the callee's ``returns``; ``outside`` gives, for each outside buffer that the callee frees,
+this routine's own number n >= 0, or ``-1 - k`` when that is outside buffer k of this routine too.
+*path* is relative to the calling module (``"transformer_blocks.3"``), ``""`` for a method of the same
+module, and starts with ``/component.`` when the callee lies elsewhere.
+
+Allocations are the bytes asked for. Rounding, workspaces and libraries are the cost models' business.
+An allocation made by a kernel comes before that kernel's ``"k"``; a kernel's scratch is not an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Event = tuple[Any, ...]
+
+KernelKind = Literal["conv", "gemm", "attention", "norm", "elementwise", "copy", "index", "reduce"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """The facts of one operator launch that a cost model needs, without its tensors."""
+
+    kind: KernelKind
+    name: str
+    """The operator: ``aten.convolution``, ``aten.native_group_norm`` …"""
+    dtype: str
+    """Compute dtype without ``torch.``: ``bfloat16``."""
+    read_bytes: int
+    """Real tensors read, weights included, broadcast inputs once."""
+    write_bytes: int
+    """Real tensors written."""
+    shape: tuple[int, ...] = ()
+    """By kind. gemm: (batch, M, N, K). attention: (batch, heads, S_q, S_kv, d_qk, d_v).
+    conv: (N, C_in, C_out, groups, transposed, *input, *output, *kernel) with 1 to 3 spatial dims each.
+    others: the output's shape."""
+    input_bytes: int = 0
+    """conv: bytes of the tensor that the convolution sees (padded, cached frames included)."""
+    weight_bytes: int = 0
+    """conv, gemm: bytes of the weight operand."""
+    output_bytes: int = 0
+    channels_last: bool = False
+    """conv: input or weight lies in channels_last(_3d) as ``suggest_memory_format`` sees it."""
+    weight_channels_last: bool = False
+    """conv: the weight itself lies in channels_last."""
+    contiguous_input: bool = True
+    """conv: the input needs no copy before the library sees it (findings 4.1, last sentence)."""
+    masked: bool = False
+    """attention: a mask or bias tensor is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routine:
+    """One distinct call of one module structure."""
+
+    module_class: str
+    entry: str
+    """``forward``, ``encode``, ``decode`` or another method of the component."""
+    events: tuple[Event, ...]
+    returns: tuple[int, ...]
+    """Buffers allocated here (or returned by a callee) that are alive when the call ends."""
+    num_outside: int = 0
+    """How many buffers of the caller this routine frees while it runs; events ``("x", k)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One parameter or buffer."""
+
+    path: str
+    """Dotted path below the component."""
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    is_buffer: bool = False
+    persistent: bool = True
+    tied_to: str | None = None
+    """Path of the tensor whose storage this one shares; such a tensor costs nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleInfo:
+    """One module of the component's tree, in ``named_modules`` order; the component itself is ""."""
+
+    path: str
+    class_name: str
+    is_leaf_layer: bool = False
+    """Conv, ConvTranspose, Linear or Embedding: what leaf-level offload groups on."""
+    is_block_list: bool = False
+    """ModuleList or Sequential."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """A module of the pipeline: what it weighs and what its class allows."""
+
+    name: str
+    class_name: str
+    library: str
+    """First part of the defining module: ``diffusers``, ``transformers`` …"""
+    tensors: tuple[TensorInfo, ...]
+    modules: tuple[ModuleInfo, ...]
+    traits: Mapping[str, Any] = field(default_factory=dict)
+    """What strategies asked the live object about: ``Strategy.traits`` merged, keys are theirs."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Parameters and buffers as stored, tied tensors once."""
+        return sum(t.num_bytes for t in self.tensors if t.tied_to is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A maximal run of calls into one component entry point."""
+
+    name: str
+    """``encode_prompt``, ``encode_image``, ``denoise``, ``decode``, or the component's name."""
+    component: str
+    entry: str
+    num_calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A pipeline and one call of it."""
+
+    pipeline: str
+    """Catalogue name, folder or class name."""
+    pipeline_class: str
+    call: Mapping[str, Any]
+    """The call's arguments, tensors and pictures described in words."""
+    components: tuple[Component, ...]
+    kernels: tuple[Kernel, ...]
+    routines: tuple[Routine, ...]
+    root: tuple[Event, ...]
+    """The pipeline's own frame: its tensors ("a"/"f"), its kernels, and one "c" per component call whose
+    path is ``/component`` and whose routine's ``entry`` says the entry point."""
+    phases: tuple[Phase, ...]
+    """In call order; the calls of phase i are the next ``num_calls`` "c" events of ``root``."""
+    variants: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Key of :func:`variant_key` -> {routine index in ``root``: routine that replaces it}."""
+    offload_sequence: tuple[str, ...] = ()
+    """``model_cpu_offload_seq`` split at the arrows."""
+    offload_excluded: tuple[str, ...] = ()
+    """``_exclude_from_cpu_offload``."""
+    assumptions: tuple[str, ...] = ()
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def component(self, name: str) -> Component:
+        """Return the component called *name*."""
+        return next(c for c in self.components if c.name == name)
+
+
+def variant_key(component: str, parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name a set of compute strategies on one component: strategy -> parameters.
+
+    >>> variant_key("vae", {"vae_tiling": {"tile_px": 512}})
+    'vae|vae_tiling:tile_px=512'
+    """
+    return "|".join(
+        [component]
+        + [
+            f"{name}:{','.join(f'{k}={parts[name][k]}' for k in sorted(parts[name]))}"
+            for name in sorted(parts)
+        ]
+    )

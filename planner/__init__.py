@@ -1,0 +1,1 @@
+"""The way in and the way through; imported as ``pipefit.planner``."""

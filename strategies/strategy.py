@@ -1,0 +1,90 @@
+"""What a strategy is: one thing that changes memory or time, on one component or on the pipeline.
+
+A strategy is a frozen object in a file of its own, listed in ``pipefit.strategies.BUILT_IN``. Nothing
+here or in a strategy's module imports torch or diffusers at the top: planning from a cached trace must
+not pay for them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.placement import Placement
+from pipefit.cost_models.workload import Component, Workload
+
+Undo = Callable[[], None]
+"""Takes one strategy back; called once, in reverse order of application."""
+
+Kind = Literal["placement", "pipeline_placement", "compute", "load"]
+"""placement: where one component's weights are, exactly one per component.
+pipeline_placement: the same, for all components at once (model and sequential offload).
+compute: changes how the component computes; its effect on memory and time is traced.
+load: how the weights are read (dtype); changes the whole trace."""
+
+
+class Quality(str, enum.Enum):
+    """How far the picture may move: exact < high < balanced < low (design section 7)."""
+
+    EXACT = "exact"
+    HIGH = "high"
+    BALANCED = "balanced"
+    LOW = "low"
+
+    @property
+    def rank(self) -> int:
+        """0 for exact … 3 for low."""
+        return list(Quality).index(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A strategy with its parameters on a component; ``component`` is None for the whole pipeline."""
+
+    strategy: str
+    component: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    """Why it is in the plan, one sentence; empty until planned."""
+
+
+class Strategy(Protocol):
+    """One strategy. ``options`` and ``placement`` are pure; ``apply`` and ``traits`` touch live objects."""
+
+    @property
+    def name(self) -> str:
+        """The file's name; written into plans."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """See :data:`Kind`."""
+        ...
+
+    @property
+    def quality(self) -> Quality:
+        """The best level at which this strategy may be used (single options may be worse: ``option_quality``)."""
+        ...
+
+    def traits(self, module: Any) -> dict[str, Any]:
+        """Ask the live module (weightless or not) what :meth:`options` needs to know, as JSON values."""
+        ...
+
+    def options(self, component: Component, workload: Workload, gpu: Gpu) -> Sequence[Mapping[str, Any]]:
+        """Parameters of every option worth considering on *component*; empty where it does not apply."""
+        ...
+
+    def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
+        """Why these parameters cannot be used on *component*, one sentence; None where they can."""
+        ...
+
+    def placement(self, parameters: Mapping[str, Any]) -> Placement | None:
+        """What the option means for weights; None for compute strategies."""
+        ...
+
+    def apply(self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any) -> Undo:
+        """Put it in force on the live pipeline. If it raises, nothing was changed."""
+        ...
