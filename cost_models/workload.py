@@ -12,9 +12,11 @@ Events are tuples, so that traces of video decoders stay small and fast:
 ``("x", k)``                                          free the k-th outside buffer (see ``Routine.outside``)
 ``("k", kernel)``                                     launch ``Workload.kernels[kernel]``
 ``("c", routine, path, returned, outside)``           call ``Workload.routines[routine]`` on submodule *path*
+``("w", component, delta_bytes)``                     the component's own weights change size from here on
 ====================================================  ==============================================
 
-In a call, ``returned`` gives this routine's numbers for the buffers that outlive the callee, in the
+The last one is what ``component.to(dtype)`` inside the pipeline does (SDXL upcasts its VAE before decode);
+those tensors are weights, not carried tensors. In a call, ``returned`` gives this routine's numbers for the buffers that outlive the callee, in the
 order of the callee's ``returns``; ``outside`` gives, for each outside buffer that the callee frees,
 this routine's own number n >= 0, or ``-1 - k`` when that is outside buffer k of this routine too.
 *path* is relative to the calling module (``"transformer_blocks.3"``), ``""`` for a method of the same
@@ -129,13 +131,20 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A maximal run of calls into one component entry point."""
+    """All calls into one component entry point, ordered by the first; a denoising loop is one phase
+    (two where a ControlNet takes turns with the denoiser)."""
 
     name: str
     """``encode_prompt``, ``encode_image``, ``denoise``, ``decode``, or the component's name."""
     component: str
     entry: str
-    num_calls: int
+    calls: tuple[int, ...]
+    """Which component calls: ordinals among the "c" events of ``Workload.root``."""
+
+    @property
+    def num_calls(self) -> int:
+        """How often the entry point is called in one pipeline call."""
+        return len(self.calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +163,7 @@ class Workload:
     """The pipeline's own frame: its tensors ("a"/"f"), its kernels, and one "c" per component call whose
     path is ``/component`` and whose routine's ``entry`` says the entry point."""
     phases: tuple[Phase, ...]
-    """In call order; the calls of phase i are the next ``num_calls`` "c" events of ``root``."""
+    """Ordered by first call."""
     variants: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     """Key of :func:`variant_key` -> {routine index in ``root``: routine that replaces it}."""
     offload_sequence: tuple[str, ...] = ()

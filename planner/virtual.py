@@ -39,7 +39,7 @@ aten = torch.ops.aten
 class Buffer:
     """The state of one storage: where it is, how large, and its values where they are known."""
 
-    __slots__ = ("__weakref__", "device", "event_index", "machine", "num_bytes", "owner", "value")
+    __slots__ = ("__weakref__", "device", "machine", "num_bytes", "number", "owner", "value")
 
     def __init__(self, machine: VirtualMachine, device: torch.device | None, num_bytes: int) -> None:
         self.machine = machine
@@ -47,7 +47,7 @@ class Buffer:
         self.num_bytes = num_bytes
         self.value: torch.UntypedStorage | None = None
         self.owner: Any = None  # the recorder's frame that counts it, or a weight's component
-        self.event_index = -1
+        self.number = -1
         if device is not None and device.type == "cuda":
             machine.observer.allocated(self)
 
@@ -499,8 +499,8 @@ class VirtualMachine:
             kwargs = {**kwargs, "device": META}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if "generator" in kwargs:
-            kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
+        if kwargs.get("generator") is not None:
+            kwargs = {**kwargs, "generator": None}
         geometry = (func, _key(args), tuple((k, _key(v)) for k, v in kwargs.items()))
         try:
             spec = self._results.get(geometry)
