@@ -1,1 +1,47 @@
-"""One thing that changes memory or time per file; imported as ``pipefit.strategies``."""
+"""One strategy a file, listed here; imported as ``pipefit.strategies``."""
+
+from __future__ import annotations
+
+from pipefit.errors import UnknownName
+from pipefit.strategies.attention import Attention
+from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.group_offload import GroupOffload
+from pipefit.strategies.model_offload import ModelOffload
+from pipefit.strategies.precision import Precision
+from pipefit.strategies.resident import Resident
+from pipefit.strategies.sequential_offload import SequentialOffload
+from pipefit.strategies.strategy import Strategy
+from pipefit.strategies.vae_slicing import VaeSlicing
+from pipefit.strategies.vae_tiling import VaeTiling
+
+BUILT_IN: tuple[Strategy, ...] = (
+    Precision(),
+    ChannelsLast(),
+    Attention(),
+    VaeSlicing(),
+    VaeTiling(),
+    GroupOffload(),
+    Resident(),
+    ModelOffload(),
+    SequentialOffload(),
+)
+"""In the order in which they are applied: what changes tensors first, what hooks onto them last.
+
+Group offload comes before resident, so that weights leave the GPU before others arrive. To add a
+strategy: a file here, a line in this tuple, a row in tests/strategies/test_contract.py.
+"""
+
+
+def strategy(name: str) -> Strategy:
+    """Return the built-in strategy called *name*.
+
+    Raises:
+        UnknownName: if there is none.
+    """
+    for one in BUILT_IN:
+        if one.name == name:
+            return one
+    raise UnknownName("strategy", name, (one.name for one in BUILT_IN))
+
+
+__all__ = ["BUILT_IN", "strategy"]

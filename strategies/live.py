@@ -1,0 +1,189 @@
+"""What a live module carries besides its values: devices, tensor identities, hooks, processors.
+
+Each ``*_restorer`` remembers one of these now and returns the function that puts it back, so that a
+strategy's undo is a stack of them. This is also the only place that names what diffusers and
+accelerate keep private about hooks; ``tests/strategies/test_live.py`` fails, naming the versions,
+when they move. A reader would expect removing a hook to restore ``forward``. Both libraries leave
+the old ``forward`` behind as an instance attribute, which then shadows the class for ever.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+from pipefit.errors import UnsupportedPipeline
+
+Restore = Callable[[], None]
+
+ACCELERATE_HOOK = "_hf_hook"
+"""Attribute in which accelerate 1.15 keeps a module's hook (``add_hook_to_module`` in hooks.py)."""
+
+DIFFUSERS_HOOKS = "_diffusers_hook"
+"""Attribute in which diffusers 0.42 keeps a module's ``HookRegistry`` (hooks/hooks.py)."""
+
+HOOK_ATTRIBUTES = ("forward", "_old_forward", ACCELERATE_HOOK, DIFFUSERS_HOOKS)
+"""Instance attributes that attaching a hook writes."""
+
+OFFLOAD_ATTRIBUTES = ("_all_hooks", "_offload_gpu_id", "_offload_device")
+"""What ``enable_model_cpu_offload`` and its sequential sister leave on the pipeline.
+
+``_offload_gpu_id`` outlives the hooks, and a later ``gpu_id=0`` does not replace it
+(``gpu_id or ...`` in pipelines/pipeline_utils.py, diffusers 0.42.1).
+"""
+
+GROUP_OFFLOADING_HOOKS = (
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+)
+"""Names under which diffusers 0.42 registers group offloading (hooks/group_offloading.py)."""
+
+
+def module_components(pipe: Any) -> dict[str, Any]:
+    """Return the pipeline's components that are modules, by attribute name."""
+    from torch import nn
+
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def tensor_slots(module: Any, *, recurse: bool = True) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (dictionary, key) of every parameter and buffer; a tied tensor comes once per place."""
+    for part in module.modules() if recurse else (module,):
+        for slots in (part._parameters, part._buffers):
+            for key, tensor in slots.items():
+                if tensor is not None:
+                    yield slots, key
+
+
+def device_restorer(module: Any) -> Restore:
+    """Remember where each tensor of *module* lies; the result moves back what has moved."""
+    places = [(slots, key, slots[key].device) for slots, key in tensor_slots(module)]
+
+    def restore() -> None:
+        for slots, key, device in places:
+            if slots[key].device != device:
+                # Assigning `.data` keeps the parameter object, and with it ties and references.
+                slots[key].data = slots[key].data.to(device)
+
+    return restore
+
+
+def identity_restorer(module: Any) -> Restore:
+    """Remember which tensor objects *module* holds; the result puts these objects back."""
+    tensors = [(slots, key, slots[key]) for slots, key in tensor_slots(module)]
+
+    def restore() -> None:
+        for slots, key, tensor in tensors:
+            slots[key] = tensor
+
+    return restore
+
+
+def attribute_restorer(owner: Any, names: Sequence[str]) -> Restore:
+    """Remember the instance attributes *names* of *owner*; the result sets or deletes them."""
+    before = {name: vars(owner)[name] for name in names if name in vars(owner)}
+    absent = tuple(name for name in names if name not in before)
+
+    def restore() -> None:
+        vars(owner).update(before)
+        for name in absent:
+            vars(owner).pop(name, None)
+
+    return restore
+
+
+def hook_restorer(module: Any) -> Restore:
+    """Remember every submodule's hook attributes; call the result once the hooks are removed."""
+    restores = [attribute_restorer(part, HOOK_ATTRIBUTES) for part in module.modules()]
+
+    def restore() -> None:
+        for one in restores:
+            one()
+
+    return restore
+
+
+def processor_restorer(module: Any) -> Restore:
+    """Remember each attention processor and the backend it names; the result puts both back."""
+    before = [
+        (part, part.processor, getattr(part.processor, "_attention_backend", None))
+        for part in module.modules()
+        if getattr(part, "processor", None) is not None
+    ]
+
+    def restore() -> None:
+        for part, processor, backend in before:
+            if part.processor is not processor:
+                part.set_processor(processor)
+            if hasattr(processor, "_attention_backend"):
+                processor._attention_backend = backend
+
+    return restore
+
+
+def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
+    """Return the hooks on each submodule by path: accelerate's by class, diffusers' by name.
+
+    Pipelines create empty diffusers registries in an ordinary call; those are no hooks.
+    """
+    found = {}
+    for path, part in module.named_modules():
+        hook = getattr(part, ACCELERATE_HOOK, None)
+        accelerate_hooks = [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+        names = [type(one).__name__ for one in accelerate_hooks]
+        registry = getattr(part, DIFFUSERS_HOOKS, None)
+        names += [] if registry is None else list(registry.hooks)
+        if names:
+            found[path] = tuple(names)
+    return found
+
+
+def remove_group_offloading(module: Any) -> None:
+    """Take diffusers' group offloading hooks off *module* and everything below it."""
+    from diffusers.hooks import HookRegistry
+
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    for name in GROUP_OFFLOADING_HOOKS:
+        registry.remove_hook(name, recurse=True)
+
+
+def attention_registry() -> Any:
+    """Return diffusers' process-wide attention backend registry.
+
+    Raises:
+        UnsupportedPipeline: this diffusers keeps it elsewhere.
+    """
+    try:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+    except ImportError as error:
+        import diffusers
+
+        raise UnsupportedPipeline(
+            f"diffusers {diffusers.__version__} keeps its attention backends where pipefit does "
+            "not know them: use diffusers 0.42, or leave the attention strategy out."
+        ) from error
+    return Registry
+
+
+def reads_flag(cls: type, flag: str) -> bool:
+    """Return whether a method of *cls* looks at ``self.<flag>``; some have a flag and never do."""
+    return any(
+        instruction.opname == "LOAD_ATTR" and instruction.argval == flag
+        for base in cls.__mro__
+        for function in vars(base).values()
+        for code in _codes(function)
+        for instruction in dis.get_instructions(code)
+    )
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """Yield the code of a function, and of those that it decorates."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
+            yield from (const for const in code.co_consts if isinstance(const, CodeType))
+        function = getattr(function, "__wrapped__", None)
