@@ -1,8 +1,8 @@
-"""Device memory of a process outside torch's allocator: what a budget pays before the first tensor.
+"""Device memory of a process outside torch's allocator: what a budget pays before any tensor.
 
-The driver's context, the code of loaded kernels and the handles of cuDNN and cuBLAS. Since CUDA 11.7
-kernels are loaded when first launched (pytorch/pytorch#107667), so the figure grows during the first
-call; what counts for a peak is its value after one.
+The driver's context, the code of loaded kernels and the handles of cuDNN and cuBLAS. Since CUDA
+11.7 kernels are loaded when first launched (pytorch/pytorch#107667), so the figure grows during the
+first call; what counts for a peak is its value after one.
 """
 
 from __future__ import annotations

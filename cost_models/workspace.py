@@ -7,8 +7,8 @@ One is easy to forget: the scratch is allocated after the output and freed when 
 alive at that moment.
 
 The rules by layout, dtype and hardware are established by published peaks of the FLUX.1, SDXL,
-Stable Diffusion 1.x, AnimateDiff and Qwen-Image autoencoders, from T4 to RTX 5090; where hardware is
-unknown, the larger of the known rules holds.
+Stable Diffusion 1.x, AnimateDiff and Qwen-Image autoencoders, from T4 to RTX 5090; where hardware
+is unknown, the larger of the known rules holds.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CUBLAS_LARGE_BYTES = 32 * MIB
 INT32_INDEXED_ELEMENTS = 1 << 31
 """Above this many elements a 16-bit convolution runs in an engine without conversions.
 
-Source: peaks of FLUX.1-dev, 1024², at batch 8 (exactly this many: scratch) and 16 (none) on an H100,
-https://github.com/sayakpaul/diffusers-torchao at 9b9f2383.
+Source: peaks of FLUX.1-dev, 1024², at batch 8 (exactly this many: scratch) and 16 (none) on an
+H100, https://github.com/sayakpaul/diffusers-torchao at 9b9f2383.
 """
 
 DTYPE_BYTES: Mapping[str, int] = {

@@ -1,0 +1,367 @@
+"""Which weights are on the GPU when: what the hooks of diffusers and accelerate cause.
+
+Two machines, each a small state that is told what is called and answers what is copied or dropped:
+:class:`OffloadChain` for model offload, :class:`GroupHooks` for group offload and sequential
+offload. The memory model drives them along a trace.
+
+What is easily got wrong: model offload evicts the *direct predecessor in the chain* only, so
+whatever else was called before stays; and group offload's prefetch order belongs to the module
+whose ``forward`` was recorded, so an autoencoder that is entered by ``decode`` never prefetches.
+
+Sources: ``diffusers/hooks/group_offloading.py`` and ``enable_model_cpu_offload`` in
+``diffusers/pipelines/pipeline_utils.py`` of 0.42.1, ``accelerate/hooks.py`` and ``cpu_offload`` in
+``accelerate/big_modeling.py`` of 1.15.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Placement,
+    Resident,
+    SequentialOffload,
+)
+from pipefit.cost_models.workload import Component, TensorInfo, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Weights that come before the first of ``paths`` is called and leave after the last."""
+
+    paths: tuple[str, ...]
+    """Modules below the component, "" for itself; the first one's call brings the weights."""
+    tensor_bytes: tuple[int, ...]
+    """In the order in which they are copied; tied tensors once."""
+    is_streamed: bool = False
+    """Copied on the copy stream from pinned memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights of the group."""
+        return sum(self.tensor_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """How group offload cuts a component."""
+
+    groups: tuple[Group, ...]
+    unmatched: tuple[Group, ...] = ()
+    """Block level: what is in no block list, loaded for a whole forward of its module; one for the
+    component and one for each module of ``block_modules``. Never streamed."""
+    recorders: frozenset[str] = frozenset()
+    """Modules whose first ``forward`` records the order in which groups are then prefetched."""
+
+    @property
+    def unmatched_bytes(self) -> int:
+        """Weights outside all block lists."""
+        return sum(group.num_bytes for group in self.unmatched)
+
+    @property
+    def all(self) -> tuple[Group, ...]:
+        """Unmatched groups first."""
+        return self.unmatched + self.groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBytes:
+    """What a component's weights take in RAM while the pipeline runs."""
+
+    pageable_bytes: int = 0
+    pinned_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """Model offload along one pipeline call."""
+
+    phases: tuple[frozenset[str], ...]
+    """Components on the GPU during any call of each phase, the active one included."""
+    onloads: Mapping[str, int]
+    """Copies to the GPU per pipeline call."""
+    offloads: Mapping[str, int]
+    """Copies back per pipeline call, the one at its end included."""
+
+
+def load_order(component: Component) -> tuple[int, ...]:
+    """Return the bytes of the component's tensors in the order in which ``Module.to`` moves them.
+
+    Children before their parent, parameters before buffers; tied tensors once.
+    """
+    children = _children(component)
+    own: dict[str, list[TensorInfo]] = {}
+    for tensor in component.tensors:
+        own.setdefault(_owner(tensor), []).append(tensor)
+
+    def ordered(path: str) -> Iterator[TensorInfo]:
+        for child in children.get(path, ()):
+            yield from ordered(child)
+        yield from sorted(own.pop(path, ()), key=lambda tensor: tensor.is_buffer)
+
+    found = list(ordered(""))
+    return tuple(_storages(found + [tensor for rest in own.values() for tensor in rest]))
+
+
+def offload_groups(component: Component, placement: GroupOffload) -> Groups:
+    """Return the groups that ``apply_group_offloading`` builds for *component*."""
+    if placement.offload_type == "leaf_level":
+        return _leaf_groups(component, placement.use_stream)
+    num_blocks = 1 if placement.use_stream else placement.num_blocks_per_group or 1
+    children = _children(component)
+    lists = {module.path for module in component.modules if module.is_block_list}
+    groups: list[Group] = []
+    unmatched: list[Group] = []
+
+    def cut(root: str) -> None:
+        covered: list[str] = []
+        has_rest = False
+        for child in children.get(root, ()):
+            if child.rpartition(".")[2] in placement.block_modules:
+                cut(child)
+                covered.append(child)
+            elif child in lists:
+                blocks = children.get(child, [])
+                covered += blocks
+                for start in range(0, len(blocks), num_blocks):
+                    paths = tuple(blocks[start : start + num_blocks])
+                    tensor_bytes = tuple(_storages(_below(component, paths)))
+                    groups.append(
+                        Group(
+                            paths=paths,
+                            tensor_bytes=tensor_bytes,
+                            is_streamed=placement.use_stream,
+                        )
+                    )
+            else:
+                has_rest = True
+        rest = tuple(_storages(_below(component, (root,), outside=covered)))
+        if has_rest or rest:
+            unmatched.append(Group(paths=(root,), tensor_bytes=rest))
+
+    cut("")
+    return Groups(
+        groups=tuple(groups),
+        unmatched=tuple(unmatched),
+        recorders=frozenset(g.paths[0] for g in unmatched if placement.use_stream),
+    )
+
+
+def sequential_groups(component: Component) -> Groups:
+    """Return what sequential offload loads: the direct tensors of every module.
+
+    Buffers stay on the GPU (see :func:`sequential_resident_bytes`) unless the component itself owns
+    a parameter.
+    """
+    with_buffers = _offloads_buffers(component)
+    own: dict[str, list[TensorInfo]] = {}
+    for tensor in component.tensors:
+        if with_buffers or not tensor.is_buffer:
+            own.setdefault(_owner(tensor), []).append(tensor)
+    return Groups(
+        groups=tuple(
+            Group(paths=(path,), tensor_bytes=tuple(_storages(tensors)))
+            for path, tensors in own.items()
+        )
+    )
+
+
+def sequential_resident_bytes(component: Component) -> tuple[int, ...]:
+    """Return the buffers that sequential offload leaves on the GPU, in order."""
+    if _offloads_buffers(component):
+        return ()
+    return tuple(_storages(tensor for tensor in component.tensors if tensor.is_buffer))
+
+
+def host_bytes(component: Component, placement: Placement) -> HostBytes:
+    """Return the RAM that the weights of *component* take while it is away from the GPU.
+
+    Pinned tensors are rounded up to powers of two each, as torch's caching host allocator does by
+    default (``c10`` ``CachingHostAllocator.h``, ``pinned_max_round_threshold_mb`` unset).
+    """
+    if isinstance(placement, Resident):
+        return HostBytes()
+    if isinstance(placement, ModelOffload | SequentialOffload) or not placement.use_stream:
+        return HostBytes(pageable_bytes=component.weight_bytes)
+    groups = offload_groups(component, placement)
+    pinned = [sum(map(_power_of_two, g.tensor_bytes)) for g in groups.groups]
+    if placement.low_cpu_mem_usage:
+        return HostBytes(pageable_bytes=component.weight_bytes, pinned_bytes=max(pinned, default=0))
+    return HostBytes(pageable_bytes=groups.unmatched_bytes, pinned_bytes=sum(pinned))
+
+
+def model_offload_residency(workload: Workload) -> Residency:
+    """Return who is on the GPU in each phase when all components are under model offload."""
+    chain = OffloadChain(workload)
+    onloads = dict.fromkeys(chain.members, 0)
+    offloads = dict.fromkeys(chain.members, 0)
+    phases: list[frozenset[str]] = [frozenset(chain.excluded)] * len(workload.phases)
+    calls = sorted((call, i) for i, phase in enumerate(workload.phases) for call in phase.calls)
+    for _, index in calls:
+        called = workload.phases[index].component
+        evicted, is_loaded = chain.call(called)
+        if is_loaded:
+            onloads[called] += 1
+        for name in evicted:
+            offloads[name] += 1
+        phases[index] |= set(chain.resident)
+    for name in chain.resident:
+        offloads[name] += 1
+    return Residency(phases=tuple(phases), onloads=onloads, offloads=offloads)
+
+
+class OffloadChain:
+    """accelerate's chain of ``CpuOffload`` hooks over some components of a pipeline.
+
+    ``resident`` lists who is on the GPU, in order of arrival; the call of a component evicts its
+    predecessor in the chain. Components that the pipeline excludes stay on the GPU for good.
+    """
+
+    def __init__(self, workload: Workload, members: Collection[str] | None = None) -> None:
+        names = [c.name for c in workload.components if members is None or c.name in members]
+        self.excluded = tuple(n for n in names if n in workload.offload_excluded)
+        self.members = tuple(n for n in names if n not in workload.offload_excluded)
+        self.resident: list[str] = []
+        in_chain = [n for n in dict.fromkeys(workload.offload_sequence) if n in names]
+        self._predecessor = {after: before for before, after in pairwise(in_chain)}
+
+    def call(self, name: str) -> tuple[tuple[str, ...], bool]:
+        """Note a call of *name*; return who is evicted, and whether *name* is copied in."""
+        if name not in self.members:
+            return (), False
+        predecessor = self._predecessor.get(name)
+        evicted: tuple[str, ...] = ()
+        if predecessor in self.resident:
+            self.resident.remove(predecessor)
+            evicted = (predecessor,)
+        if name in self.resident:
+            return evicted, False
+        self.resident.append(name)
+        return evicted, True
+
+
+class GroupHooks:
+    """The hooks of group or sequential offload on one component, told of every module call.
+
+    ``before`` and ``after`` frame each call and return the groups to copy in or to drop, as indices
+    of ``groups``. The first ``forward`` of a recorder notes the order of the groups; afterwards
+    each group brings its successor along.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups.all
+        self.loaded: set[int] = set()
+        self.recorders = set(groups.recorders)
+        """Recorders whose first forward has not ended."""
+        self._leads = {group.paths[0]: i for i, group in enumerate(self.groups)}
+        self._ends = {group.paths[-1]: i for i, group in enumerate(self.groups)}
+        self._next: dict[int, int] = {}
+        self._order: dict[str, list[int]] = {}
+        self._ancestors = {
+            prefix for path in (*self._leads, *self._ends) for prefix in _prefixes(path)
+        }
+
+    def concerns(self, path: str) -> bool:
+        """Whether a group begins or ends in *path* or below."""
+        return path in self._ancestors
+
+    def before(self, path: str, entry: str) -> tuple[int, ...]:
+        """Return the groups to copy in before the call of *path*."""
+        if path in self.recorders and entry == "forward":
+            self._order[path] = []
+        index = self._leads.get(path)
+        if index is None:
+            return ()
+        for recorder, order in self._order.items():
+            if recorder != path:
+                order.append(index)
+        wanted = {index: None, self._next.get(index, index): None}
+        missing = tuple(i for i in wanted if i not in self.loaded)
+        self.loaded.update(missing)
+        return missing
+
+    def after(self, path: str) -> tuple[int, ...]:
+        """Return the groups to drop when the call of *path* has ended."""
+        order = self._order.pop(path, None)
+        if order is not None:
+            self.recorders.discard(path)
+            chain = [self._leads[path], *order] if path in self._leads else order
+            self._next.update(pairwise(chain))
+        index = self._ends.get(path)
+        if index is None or index not in self.loaded:
+            return ()
+        self.loaded.discard(index)
+        return (index,)
+
+
+def _leaf_groups(component: Component, use_stream: bool) -> Groups:
+    leaves = [module.path for module in component.modules if module.is_leaf_layer]
+    groups = [(leaf, _below(component, (leaf,))) for leaf in leaves]
+    rest: dict[str, list[TensorInfo]] = {}
+    for tensor in _below(component, ("",), outside=leaves):
+        rest.setdefault(_owner(tensor), []).append(tensor)
+    if use_stream:
+        # The component itself starts the first prefetch, whether it owns tensors or not.
+        rest.setdefault("", [])
+    return Groups(
+        groups=tuple(
+            Group(paths=(path,), tensor_bytes=tuple(_storages(tensors)), is_streamed=use_stream)
+            for path, tensors in [*groups, *rest.items()]
+        ),
+        recorders=frozenset({""} if use_stream else ()),
+    )
+
+
+def _owner(tensor: TensorInfo) -> str:
+    return tensor.path.rpartition(".")[0]
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    yield ""
+    for i, character in enumerate(path):
+        if character == ".":
+            yield path[:i]
+    yield path
+
+
+def _children(component: Component) -> dict[str, list[str]]:
+    children: dict[str, list[str]] = {}
+    for module in component.modules:
+        if module.path:
+            children.setdefault(module.path.rpartition(".")[0], []).append(module.path)
+    return children
+
+
+def _below(
+    component: Component, paths: Collection[str], outside: Collection[str] = ()
+) -> list[TensorInfo]:
+    """Return the tensors under *paths* but not under *outside*, parameters first."""
+    inside, left_out = set(paths), set(outside)
+    found = []
+    for tensor in component.tensors:
+        prefixes = set(_prefixes(tensor.path))
+        if prefixes & inside and not prefixes & left_out:
+            found.append(tensor)
+    return sorted(found, key=lambda tensor: tensor.is_buffer)
+
+
+def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
+    """Yield the bytes of each distinct storage among *tensors*."""
+    seen = set()
+    for tensor in tensors:
+        storage = tensor.tied_to or tensor.path
+        if storage not in seen:
+            seen.add(storage)
+            yield tensor.num_bytes
+
+
+def _offloads_buffers(component: Component) -> bool:
+    return any("." not in t.path and not t.is_buffer for t in component.tensors)
+
+
+def _power_of_two(num_bytes: int) -> int:
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
