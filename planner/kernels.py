@@ -55,7 +55,7 @@ _KIND_BY_NAME: dict[str, KernelKind] = {
     "gather": "index",
     "scatter": "index",
 }
-_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+_NO_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 
 
 def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Kernel | None:
