@@ -1,0 +1,617 @@
+"""Predicts seconds for a GPU that nobody has measured: from a trace, without running anything.
+
+A launch takes the larger of its arithmetic over what its class of kernel reaches and its bytes over
+what memory reaches; a call takes the sum of its launches, or what the host needs to issue them,
+whichever is longer; and then comes what the placement of the weights adds.
+
+The constants were fitted, robustly and on log error, to 71 published timings on 19 NVIDIA GPUs from
+Volta to Blackwell. Each names its kind of row; the rows are benchmark tables of these sources:
+https://github.com/huggingface/diffusers/blob/v0.14.0/docs/source/en/optimization/fp16.mdx
+https://github.com/huggingface/diffusers/blob/v0.30.0/docs/source/en/optimization/torch2.0.md
+https://github.com/sayakpaul/diffusers-torchao (FLUX.1, CogVideoX: records torchao-*)
+https://github.com/huggingface/diffusers/pull/11605 (Wan 2.1: records pr11605-*)
+https://huggingface.co/docs/diffusers/tutorials/fast_diffusion (SDXL: records diffusionfast-*)
+They are one fit: a last digit is noise, and none may be changed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Placement,
+    Resident,
+    SequentialOffload,
+)
+from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
+from pipefit.cost_models.transfers import (
+    COPY_LATENCY_S,
+    FRESH_HOST_BYTES_PER_S,
+    GROUP_SYNC_S,
+    PIN_BLOCK_BYTES_PER_S,
+    PIN_LEAF_BYTES_PER_S,
+    SEQUENTIAL_TENSOR_S,
+    TRANSFER_SPREAD,
+    LinkRates,
+    link_rates,
+)
+from pipefit.cost_models.workload import Component, Kernel, Workload
+from pipefit.errors import InvalidRequest
+
+Attention = Literal["native", "flash", "efficient", "math", "xformers", "cudnn"]
+"""Which kernel computes attention; ``native`` is what torch's SDPA picks on the GPU."""
+
+CONV_EFFICIENCY = 0.52
+"""Share of the dense 16-bit rate that convolutions reach (autoencoder and SD 1.5 rows)."""
+GEMM_EFFICIENCY = 0.78
+"""Share that matrix products reach (FLUX.1, Wan 2.1 and CogVideoX rows)."""
+FLASH_EFFICIENCY = 0.50
+"""Share that flash attention 2 reaches on sm80 to sm89 and sm120 (CogVideoX A100, FLUX L20 rows)."""
+FLASH_HOPPER_EFFICIENCY = 0.39
+"""The same on Hopper, which that kernel was not written for (CogVideoX, Wan, FLUX H100 rows)."""
+EFFICIENT_EFFICIENCY = 0.22
+"""Share that memory-efficient kernels reach: xformers, SDPA's before sm80 (SD 1.5 rows)."""
+WIDE_HEAD_EFFICIENCY = 0.32
+"""Share for heads wider than 256, the autoencoders' middle block (2048 pixels encode rows)."""
+FLOAT32_EFFICIENCY = 0.9
+"""Share of the fp32 rate without tensor cores; assumed, the one fp32 row comes out 20 % slow."""
+HALF_RATE_FACTOR = 1.6
+"""Parts that accumulate in fp32 at half rate come closer to that halved peak by this factor."""
+HALF_RATE_CEILING = 0.95
+"""... but never closer than this."""
+POWER_CAP_FACTOR = 0.51
+"""Share of the rated arithmetic that a card fed by the slot alone sustains (four T4 rows)."""
+POWER_CAP_MAX_W = 75.0
+"""Power that a PCIe slot delivers (PCI Express card electromechanical specification)."""
+POWER_CAP_MIN_FLOPS_PER_J = 0.8e12
+"""The cap is applied above this rated fp16 FLOP/s per watt: a T4 promises 0.93e12; a TITAN RTX of
+the same architecture, which is not limited, 0.47e12."""
+BANDWIDTH_EFFICIENCY = 0.70
+"""Share of the peak memory bandwidth that kernels reach, strided copies included."""
+L2_FACTOR = 2.3
+"""How much faster than that a launch is whose bytes stay in the L2 cache."""
+L2_SHARE = 0.9
+"""Share of the L2 cache that a launch may touch to count as staying in it."""
+FLOOR_S = 3.2e-6
+"""Start and tail of a launch on the GPU."""
+SERVER_LAUNCH_S = 53e-6
+"""Host time per launch, module calls and views around it included, beside data-centre GPUs."""
+DESKTOP_LAUNCH_S = 31e-6
+"""The same beside desktop GPUs, whose hosts clock higher (RTX 4090 Stable Diffusion 1.5 rows)."""
+PIPELINE_FILL = 67.0
+"""Reduction length that filling a matrix kernel's pipeline costs: work grows by 1 + this / K."""
+TILE = 128
+"""Rows and columns of the output that one matrix kernel's block computes."""
+HEAD_SIZES = (32, 64, 96, 128, 192, 256)
+"""Head sizes that attention kernels are compiled for; others are padded up (d = 40 costs 64)."""
+EXPONENTIALS_PER_SCORE = 1.1
+"""Exponentials that softmax takes per attention score."""
+EXPONENTIALS_PER_SM_CLOCK = 16
+"""What the special function units of one SM do per clock. CUDA C++ programming guide, "Arithmetic
+instructions"."""
+MATH_ATTENTION_LAUNCHES = 9
+"""SDPA's math kernel: three casts, two scalings, product, softmax, product, cast back. ATen
+native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``."""
+
+CPU_FLOPS_PER_S_PER_CORE = 12e9
+"""fp32 FLOP/s that one core sustains when the CPU stands for a GPU: torch 2.13 products of
+1024 x 1024 on a 2.5 GHz Xeon reach 24e9 on two cores, half of that in bfloat16. Crude on purpose."""
+CPU_BYTES_PER_S = 10e9
+"""Memory rate when the CPU stands for a GPU; assumed."""
+
+NINETIETH_PERCENTILE_ERROR = 0.30
+"""|predicted / real - 1| of nine in ten predictions for a GPU and a pipeline that were not fitted
+(one source left out: median 0.14, ninetieth percentile 0.30). A prediction's range is this wide."""
+
+_HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutineCost:
+    """One call of a routine, everything that it calls included."""
+
+    gpu_s: float
+    """Sum over the launches, as if the host were infinitely fast."""
+    num_launches: int
+    flops: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementTime:
+    """A component's calls within one pipeline call, with what its placement adds."""
+
+    call_s: float
+    first_call_s: float
+    """The first pipeline call after applying, where nothing has been prefetched yet."""
+    low_s: float
+    high_s: float
+    """Nine in ten later calls lie between these two: see ``NINETIETH_PERCENTILE_ERROR``."""
+    h2d_bytes: int
+    d2h_bytes: int
+
+
+# --- one launch -----------------------------------------------------------------------------------
+
+
+def kernel_seconds(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> float:
+    """Return the time of one operator on *gpu*, all launches of it, without waiting for the host.
+
+    Raises:
+        InvalidRequest: if *gpu* lacks a figure that the estimate needs.
+    """
+    if gpu.architecture == "cpu":
+        rate = gpu.flops_per_s.get("float32", 0.0) or CPU_FLOPS_PER_S_PER_CORE * max(1, gpu.num_sms)
+        return max(
+            kernel_flops(kernel) / rate,
+            _bytes(kernel) / (gpu.memory_bytes_per_s or CPU_BYTES_PER_S),
+        )
+    _require_figures(gpu)
+    if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
+        return sum(kernel_seconds(part, gpu) for part in _unfused(kernel))
+    seconds = max(_arithmetic_s(kernel, gpu, attention), _memory_s(_bytes(kernel), gpu))
+    return seconds + _layout_copies_s(kernel, gpu) + FLOOR_S * num_launches(kernel, gpu, attention)
+
+
+def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> int:
+    """Return how many launches the host issues for *kernel*; those inside cuDNN cost it nothing."""
+    if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
+        return MATH_ATTENTION_LAUNCHES + kernel.masked
+    return 2 if kernel.kind == "norm" and "group_norm" in kernel.name else 1
+
+
+def kernel_flops(kernel: Kernel) -> int:
+    """Return the operations of a matrix *kernel*, multiply and add counted as two; 0 for others.
+
+    >>> kernel_flops(Kernel(kind="gemm", name="aten.mm", dtype="float16", read_bytes=0,
+    ...                     write_bytes=0, shape=(1, 2, 3, 4)))
+    48
+    """
+    if kernel.kind == "attention":
+        batch, heads, rows, columns, d_qk, d_v = kernel.shape
+        return 2 * batch * heads * rows * columns * (d_qk + d_v)
+    if kernel.kind not in ("gemm", "conv"):
+        return 0
+    batch, m, n, k = _matrix_shape(kernel)
+    return 2 * batch * m * n * k
+
+
+def attention_kernel(
+    kernel: Kernel, gpu: Gpu, attention: Attention
+) -> Literal["flash", "efficient", "math"]:
+    """Return the family of kernels that computes *kernel*; SDPA's own rules where it may choose.
+
+    Flash needs sm80, 16 bits, no mask and one head size up to 256; the memory-efficient kernel
+    takes the rest, except bfloat16 before sm80 (ATen native/transformers/cuda/sdp_utils.cpp).
+    xformers counts as memory-efficient, which is what its published rows ran; cuDNN's kernel as
+    flash, for want of rows.
+    """
+    if attention == "math":
+        return "math"
+    if attention in ("efficient", "xformers"):
+        return "efficient"
+    ampere = gpu.compute_capability is not None and gpu.compute_capability >= (8, 0)
+    d_qk, d_v = kernel.shape[4:]
+    if ampere and kernel.dtype in _HALF and not kernel.masked and d_qk == d_v <= HEAD_SIZES[-1]:
+        return "flash"
+    return "math" if kernel.dtype == "bfloat16" and not ampere else "efficient"
+
+
+def _arithmetic_s(kernel: Kernel, gpu: Gpu, attention: Attention) -> float:
+    if kernel.kind == "attention":
+        return _attention_s(kernel, gpu, attention)
+    if kernel.kind not in ("gemm", "conv"):
+        return 0.0
+    batch, m, n, k = _matrix_shape(kernel)
+    tiles = batch * math.ceil(m / TILE) * math.ceil(n / TILE)
+    if kernel.kind == "gemm":
+        n = 64 * math.ceil(n / 64)
+    flops = 2.0 * batch * m * n * k * (1 + PIPELINE_FILL / max(1, k))
+    efficiency = CONV_EFFICIENCY if kernel.kind == "conv" else GEMM_EFFICIENCY
+    return flops / (_matrix_rate(kernel, gpu, efficiency) * _occupancy(tiles, gpu))
+
+
+def _attention_s(kernel: Kernel, gpu: Gpu, attention: Attention) -> float:
+    batch, heads, rows, columns, d_qk, d_v = kernel.shape
+    if columns <= TILE:
+        columns = TILE
+    scores = float(batch * heads * rows * columns)
+    if max(d_qk, d_v) > HEAD_SIZES[-1]:
+        efficiency = WIDE_HEAD_EFFICIENCY
+    elif attention_kernel(kernel, gpu, attention) == "efficient":
+        efficiency = EFFICIENT_EFFICIENCY
+    elif gpu.architecture == "hopper":
+        efficiency = FLASH_HOPPER_EFFICIENCY
+    else:
+        efficiency = FLASH_EFFICIENCY
+    occupancy = _occupancy(batch * heads * math.ceil(rows / TILE), gpu)
+    products = 2 * scores * (_padded_head(d_qk) + _padded_head(d_v))
+    exponentials = EXPONENTIALS_PER_SCORE * scores
+    return products / (_matrix_rate(kernel, gpu, efficiency) * occupancy) + exponentials / (
+        EXPONENTIALS_PER_SM_CLOCK * gpu.num_sms * gpu.clock_hz
+    )
+
+
+def _padded_head(size: int) -> int:
+    return next((s for s in HEAD_SIZES if s >= size), size)
+
+
+def _matrix_shape(kernel: Kernel) -> tuple[int, int, int, int]:
+    """(batch, M, N, K) of a product, or of a convolution seen as one product per group."""
+    if kernel.kind == "gemm":
+        batch, m, n, k = kernel.shape
+        return batch, m, n, k
+    images, c_in, c_out, groups, transposed, *sizes = kernel.shape
+    dims = len(sizes) // 3
+    inputs, outputs, taps = (math.prod(sizes[i * dims : (i + 1) * dims]) for i in range(3))
+    if transposed:  # each input position is multiplied into every tap of the output
+        return groups, images * inputs, c_out // groups * taps, c_in // groups
+    return groups, images * outputs, c_out // groups, c_in // groups * taps
+
+
+def _occupancy(tiles: int, gpu: Gpu) -> float:
+    """How well *tiles* fill the SMs; the root because a wave that is not full clocks and caches better."""
+    return math.sqrt(tiles / (math.ceil(tiles / gpu.num_sms) * gpu.num_sms))
+
+
+def _matrix_rate(kernel: Kernel, gpu: Gpu, efficiency: float) -> float:
+    """FLOP/s that a matrix kernel of *efficiency* reaches in the dtype that it is computed in.
+
+    torch computes fp32 convolutions in TF32 by default, and products not
+    (``torch.backends.cudnn.allow_tf32``, ``torch.backends.cuda.matmul.allow_tf32``). A dtype for
+    which no GPU states a rate (float64, integers) is counted as fp32: such products are tiny.
+    """
+    rates = gpu.flops_per_s
+    dtype = kernel.dtype
+    if dtype == "float32" and kernel.kind == "conv" and rates.get("tf32"):
+        dtype = "tf32"
+    if dtype == "float32" or not rates.get(dtype):
+        return FLOAT32_EFFICIENCY * rates["float32"]
+    if gpu.half_rate_accumulate:
+        efficiency = min(HALF_RATE_CEILING, efficiency * HALF_RATE_FACTOR)
+    return efficiency * rates[dtype] * (POWER_CAP_FACTOR if _is_power_capped(gpu) else 1.0)
+
+
+def _is_power_capped(gpu: Gpu) -> bool:
+    if gpu.tdp_w is None or gpu.tdp_w > POWER_CAP_MAX_W:
+        return False
+    return gpu.flops_per_s.get("float16", 0.0) / gpu.tdp_w > POWER_CAP_MIN_FLOPS_PER_J
+
+
+def _bytes(kernel: Kernel) -> float:
+    """Bytes that pass through memory: passes over the data, not only operands."""
+    if kernel.kind == "norm" and "group_norm" in kernel.name:
+        return 2 * kernel.read_bytes + kernel.write_bytes  # statistics first, then the values again
+    if kernel.kind == "index":
+        return 2 * kernel.write_bytes  # reads the rows that it writes, not the whole table
+    return kernel.read_bytes + kernel.write_bytes
+
+
+def _memory_s(num_bytes: float, gpu: Gpu) -> float:
+    rate = BANDWIDTH_EFFICIENCY * gpu.memory_bytes_per_s
+    return num_bytes / (rate * L2_FACTOR if num_bytes < L2_SHARE * gpu.l2_bytes else rate)
+
+
+def _layout_copies_s(kernel: Kernel, gpu: Gpu) -> float:
+    """16-bit convolution kernels are channels-last: cuDNN turns everything around, and back."""
+    if kernel.kind != "conv" or kernel.dtype not in _HALF or kernel.channels_last:
+        return 0.0
+    if gpu.compute_capability is None or gpu.compute_capability < (7, 0):
+        return 0.0  # no tensor cores, no channels-last kernels
+    sizes = (kernel.input_bytes, kernel.output_bytes, kernel.weight_bytes)
+    return sum(_memory_s(2 * size, gpu) for size in sizes)
+
+
+def _unfused(kernel: Kernel) -> tuple[Kernel, ...]:
+    """SDPA's math kernel as the products, passes over the scores and casts that it launches.
+
+    Its 16-bit inputs are widened to fp32 first, unless
+    ``torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp`` says otherwise.
+    """
+    batch, heads, rows, columns, d_qk, d_v = kernel.shape
+    groups = batch * heads
+    scores = 4 * groups * rows * columns
+    query, key = 4 * groups * rows * d_qk, 4 * groups * columns * d_qk
+    value, out = 4 * groups * columns * d_v, 4 * groups * rows * d_v
+
+    def step(
+        kind: Literal["gemm", "reduce", "elementwise"], read: int, write: int, *shape: int
+    ) -> Kernel:
+        return Kernel(
+            kind=kind,
+            name="aten._scaled_dot_product_attention_math",
+            dtype="float32",
+            read_bytes=read,
+            write_bytes=write,
+            shape=shape,
+        )
+
+    steps = [
+        *(step("elementwise", size // 2, size) for size in (query, key, value)),
+        *(step("elementwise", size, size) for size in (query, key)),
+        step("gemm", query + key, scores, groups, rows, columns, d_qk),
+        step("reduce", scores, scores),
+        step("gemm", scores + value, out, groups, rows, d_v, columns),
+        step("elementwise", out, out // 2),
+    ]
+    if kernel.masked:
+        steps.append(step("elementwise", 2 * scores, scores))
+    return tuple(steps)
+
+
+def _require_figures(gpu: Gpu) -> None:
+    """Refuse instead of inventing: no default is right for both an A100 and a laptop."""
+    figures = {
+        "fp32 rate": gpu.flops_per_s.get("float32", 0.0),
+        "memory bandwidth": gpu.memory_bytes_per_s,
+        "number of SMs": gpu.num_sms,
+        "clock": gpu.clock_hz,
+    }
+    missing = [name for name, figure in figures.items() if not figure > 0]
+    if missing:
+        raise InvalidRequest(
+            f"The time on a {gpu.name} cannot be estimated, its {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} unknown: name the closest catalogue GPU,"
+            " for example --gpu rtx-4060."
+        )
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+def launch_seconds(gpu: Gpu) -> float:
+    """Return the host time per launch of eager PyTorch beside *gpu*; 0 where the CPU stands for it."""
+    if gpu.architecture == "cpu":
+        return 0.0
+    return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
+
+
+class LatencyModel:
+    """Times of one workload on one GPU; remembers each routine, so that a search may ask often."""
+
+    def __init__(self, workload: Workload, gpu: Gpu) -> None:
+        self.workload = workload
+        self.gpu = gpu
+        self._launch_s = launch_seconds(gpu)
+        self._kernels: dict[tuple[int, Attention], RoutineCost] = {}
+        self._routines: dict[tuple[int, Attention], RoutineCost] = {}
+        self._executions: dict[int, Mapping[str, int]] = {}
+        self._component_groups: dict[tuple[str, Placement], Groups] = {}
+
+    def routine_cost(self, routine: int, attention: Attention = "native") -> RoutineCost:
+        """Return what one call of ``workload.routines[routine]`` costs the GPU."""
+        key = (routine, attention)
+        if key not in self._routines:
+            events = self.workload.routines[routine].events
+            parts = [self._kernel_cost(e[1], attention) for e in events if e[0] == "k"]
+            parts += [self.routine_cost(e[1], attention) for e in events if e[0] == "c"]
+            self._routines[key] = _total(parts)
+        return self._routines[key]
+
+    def call_seconds(self, routine: int, attention: Attention = "native") -> float:
+        """Return the time of one component call: the GPU's, or the host's where that is longer."""
+        cost = self.routine_cost(routine, attention)
+        return max(cost.gpu_s, cost.num_launches * self._launch_s)
+
+    def own_seconds(self) -> float:
+        """Return the time of the pipeline's own kernels between its component calls."""
+        cost = _total(
+            [self._kernel_cost(e[1], "native") for e in self.workload.root if e[0] == "k"]
+        )
+        return max(cost.gpu_s, cost.num_launches * self._launch_s)
+
+    def executions(self, routine: int) -> Mapping[str, int]:
+        """Return how often one call of *routine* calls each submodule, by path; "" is itself."""
+        if routine not in self._executions:
+            counts: Counter[str] = Counter({"": 1})
+            for event in self.workload.routines[routine].events:
+                if event[0] != "c" or event[2].startswith("/"):
+                    continue
+                for path, times in self.executions(event[1]).items():
+                    # Path "" is another method of the same module, not a second call of it.
+                    if event[2] or path:
+                        counts[".".join(filter(None, (event[2], path)))] += times
+            self._executions[routine] = counts
+        return self._executions[routine]
+
+    def placement_seconds(
+        self,
+        component: Component,
+        calls: Sequence[tuple[int, int]],
+        placement: Placement,
+        *,
+        attention: Attention = "native",
+        num_onloads: int = 1,
+        num_offloads: int = 1,
+    ) -> PlacementTime:
+        """Return the time of *component*'s *calls* (routine, how often) within one pipeline call.
+
+        *num_onloads* and *num_offloads* say how often model offload moves the whole component, see
+        :func:`~pipefit.cost_models.residency.model_offload_residency`; others ignore them.
+
+        Raises:
+            InvalidRequest: if the GPU lacks a figure that the estimate needs.
+        """
+        once = _Transfer()
+        if isinstance(placement, ModelOffload):
+            once = _component_moves(component, link_rates(self.gpu), num_onloads, num_offloads)
+        times = [
+            (
+                self.call_seconds(routine, attention),
+                self._transfer(component, routine, placement),
+                count,
+            )
+            for routine, count in calls
+        ]
+
+        def total_s(compute_factor: float, transfer_factor: float) -> float:
+            return once.exposed_s * transfer_factor + math.fsum(
+                count
+                * (
+                    max(compute_s * compute_factor, transfer.hidden_s * transfer_factor)
+                    + transfer.exposed_s * transfer_factor
+                )
+                for compute_s, transfer, count in times
+            )
+
+        call_s = total_s(1, 1)
+        # Nothing is prefetched in the first forward: it records the order of the groups.
+        unprefetched_s = next((min(c, t.hidden_s) for c, t, count in times if count), 0.0)
+        return PlacementTime(
+            call_s=call_s,
+            first_call_s=call_s + unprefetched_s,
+            low_s=total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD),
+            high_s=total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD),
+            h2d_bytes=once.h2d_bytes + sum(t.h2d_bytes * count for _, t, count in times),
+            d2h_bytes=once.d2h_bytes + sum(t.d2h_bytes * count for _, t, count in times),
+        )
+
+    def _transfer(self, component: Component, routine: int, placement: Placement) -> _Transfer:
+        """What one call of *routine* copies."""
+        match placement:
+            case Resident() | ModelOffload():
+                return _Transfer()
+            case SequentialOffload():
+                groups = self._groups(component, placement)
+                return _sequential_loads(groups, self.executions(routine), link_rates(self.gpu))
+            case GroupOffload():
+                return _group_loads(
+                    self._groups(component, placement),
+                    self.executions(routine),
+                    link_rates(self.gpu),
+                    placement,
+                    is_forward=self.workload.routines[routine].entry == "forward",
+                )
+        assert_never(placement)
+
+    def _groups(self, component: Component, placement: GroupOffload | SequentialOffload) -> Groups:
+        key = (component.name, placement)
+        if key not in self._component_groups:
+            self._component_groups[key] = (
+                offload_groups(component, placement)
+                if isinstance(placement, GroupOffload)
+                else sequential_groups(component)
+            )
+        return self._component_groups[key]
+
+    def _kernel_cost(self, index: int, attention: Attention) -> RoutineCost:
+        key = (index, attention)
+        if key not in self._kernels:
+            kernel = self.workload.kernels[index]
+            self._kernels[key] = RoutineCost(
+                gpu_s=kernel_seconds(kernel, self.gpu, attention),
+                num_launches=num_launches(kernel, self.gpu, attention),
+                flops=kernel_flops(kernel),
+                num_bytes=int(_bytes(kernel)),
+            )
+        return self._kernels[key]
+
+
+def _total(parts: Sequence[RoutineCost]) -> RoutineCost:
+    return RoutineCost(
+        gpu_s=math.fsum(p.gpu_s for p in parts),
+        num_launches=sum(p.num_launches for p in parts),
+        flops=sum(p.flops for p in parts),
+        num_bytes=sum(p.num_bytes for p in parts),
+    )
+
+
+# --- what placement adds --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """Copies of one call: those that run beside the arithmetic, and those that hold it up."""
+
+    hidden_s: float = 0.0
+    exposed_s: float = 0.0
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+
+
+def _component_moves(
+    component: Component, link: LinkRates, num_onloads: int, num_offloads: int
+) -> _Transfer:
+    """Model offload: ``Module.to`` there and back through pageable memory, into new host pages."""
+    size = component.weight_bytes
+    back_s = size / link.d2h_pageable_bytes_per_s
+    if math.isfinite(link.d2h_pageable_bytes_per_s):
+        back_s += size / FRESH_HOST_BYTES_PER_S
+    return _Transfer(
+        exposed_s=num_onloads * size / link.h2d_pageable_bytes_per_s + num_offloads * back_s,
+        h2d_bytes=num_onloads * size,
+        d2h_bytes=num_offloads * size,
+    )
+
+
+def _sequential_loads(groups: Groups, executions: Mapping[str, int], link: LinkRates) -> _Transfer:
+    """Sequential offload: each tensor by itself, blocking, and dropped afterwards."""
+    num_bytes, num_tensors = _loaded(groups.groups, executions)
+    seconds = num_bytes / link.h2d_pageable_bytes_per_s
+    if math.isfinite(link.h2d_pageable_bytes_per_s):
+        seconds += num_tensors * SEQUENTIAL_TENSOR_S
+    return _Transfer(exposed_s=seconds, h2d_bytes=num_bytes)
+
+
+def _group_loads(
+    groups: Groups,
+    executions: Mapping[str, int],
+    link: LinkRates,
+    placement: GroupOffload,
+    *,
+    is_forward: bool,
+) -> _Transfer:
+    """Group offload, one call.
+
+    Groups that are not streamed travel both ways, blocking. Streamed groups only come in, beside
+    the arithmetic where a recorder saw their order (not below a component entered by ``decode``);
+    the host waits for each unless ``record_stream``, and page-locks each first under
+    ``low_cpu_mem_usage``.
+    """
+    streamed = [g for g in groups.all if g.is_streamed]
+    blocking = [g for g in groups.all if not g.is_streamed]
+    blocking_bytes, blocking_tensors = _loaded(blocking, executions)
+    exposed_s = link.round_trip_s(blocking_bytes, blocking_tensors)
+    recorders = [r for r in groups.recorders if r or is_forward]
+    hidden_s = 0.0
+    for group in streamed:
+        num_bytes, num_tensors = _loaded([group], executions)
+        if not num_tensors:
+            continue
+        copy_s = num_bytes / link.h2d_streamed_bytes_per_s + num_tensors * COPY_LATENCY_S
+        if any(_is_below(group.paths[0], recorder) for recorder in recorders):
+            hidden_s += copy_s
+        else:
+            exposed_s += copy_s
+        if not placement.record_stream:
+            exposed_s += executions[group.paths[0]] * GROUP_SYNC_S
+        if placement.low_cpu_mem_usage:
+            is_block = placement.offload_type == "block_level"
+            exposed_s += num_bytes / (PIN_BLOCK_BYTES_PER_S if is_block else PIN_LEAF_BYTES_PER_S)
+    streamed_bytes, _ = _loaded(streamed, executions)
+    return _Transfer(
+        hidden_s=hidden_s,
+        exposed_s=exposed_s,
+        h2d_bytes=streamed_bytes + blocking_bytes,
+        d2h_bytes=blocking_bytes,
+    )
+
+
+def _loaded(groups: Sequence[Group], executions: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes and tensors that come in: a group is loaded whenever its first module is called."""
+    times = [(executions.get(group.paths[0], 0), group) for group in groups]
+    return (
+        sum(count * group.num_bytes for count, group in times),
+        sum(count * len(group.tensor_bytes) for count, group in times),
+    )
+
+
+def _is_below(path: str, ancestor: str) -> bool:
+    return not ancestor or path == ancestor or path.startswith(ancestor + ".")
