@@ -35,7 +35,9 @@ class UnknownName(InvalidRequest):
         self.kind = kind
         self.name = name
         self.known = tuple(known)
-        close = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
+        folded = {candidate.casefold(): candidate for candidate in self.known}
+        matches = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
+        close = [folded[match] for match in matches]
         hint = f"did you mean {' or '.join(close)}?" if close else (
             f"known are {', '.join(self.known[:12])}{' …' if len(self.known) > 12 else ''}."
         )
