@@ -53,7 +53,7 @@ CONV_EFFICIENCY = 0.52
 GEMM_EFFICIENCY = 0.78
 """Share that matrix products reach (FLUX.1, Wan 2.1 and CogVideoX rows)."""
 FLASH_EFFICIENCY = 0.50
-"""Share that flash attention 2 reaches on sm80 to sm89 and sm120 (CogVideoX A100, FLUX L20 rows)."""
+"""Share that flash attention 2 reaches on sm80 to sm89 and sm120 (CogVideoX A100, FLUX L20)."""
 FLASH_HOPPER_EFFICIENCY = 0.39
 """The same on Hopper, which that kernel was not written for (CogVideoX, Wan, FLUX H100 rows)."""
 EFFICIENT_EFFICIENCY = 0.22
@@ -102,7 +102,7 @@ native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``."""
 
 CPU_FLOPS_PER_S_PER_CORE = 12e9
 """fp32 FLOP/s that one core sustains when the CPU stands for a GPU: torch 2.13 products of
-1024 x 1024 on a 2.5 GHz Xeon reach 24e9 on two cores, half of that in bfloat16. Crude on purpose."""
+1024 x 1024 on a 2.5 GHz Xeon reach 24e9 on two cores, half of that in bfloat16. Crude."""
 CPU_BYTES_PER_S = 10e9
 """Memory rate when the CPU stands for a GPU; assumed."""
 
@@ -257,7 +257,7 @@ def _matrix_shape(kernel: Kernel) -> tuple[int, int, int, int]:
 
 
 def _occupancy(tiles: int, gpu: Gpu) -> float:
-    """How well *tiles* fill the SMs; the root because a wave that is not full clocks and caches better."""
+    """How well *tiles* fill the SMs; under a root, as a wave that is not full clocks higher."""
     return math.sqrt(tiles / (math.ceil(tiles / gpu.num_sms) * gpu.num_sms))
 
 
@@ -367,7 +367,7 @@ def _require_figures(gpu: Gpu) -> None:
 
 
 def launch_seconds(gpu: Gpu) -> float:
-    """Return the host time per launch of eager PyTorch beside *gpu*; 0 where the CPU stands for it."""
+    """Return the host time per launch of eager PyTorch; 0 where the CPU stands for a GPU."""
     if gpu.architecture == "cpu":
         return 0.0
     return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
