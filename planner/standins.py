@@ -7,8 +7,8 @@ words. Padding, truncation, special tokens and chat templates are the class's ow
 the right lengths; what they say is not looked at.
 
 A word, a punctuation run or a digit counts as one token. Real vocabularies split rare words
-further, so a stand-in's text is a few tokens short of the real one; most pipelines pad it to a fixed
-length anyway.
+further, so a stand-in's text is a few tokens short of the real one; most pipelines pad it to a
+fixed length anyway.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ CHARACTERS_PER_WORD = 14
 """Letters of one token at most: longer runs are compounds, or a script without spaces.
 
 Chosen so that the texts whose real lengths diffusers states come out: the template that
-pipeline_qwenimage.py cuts off has 34 tokens (here 34), that of pipeline_hunyuan_video.py 95 (here 94).
+pipeline_qwenimage.py cuts off has 34 tokens (here 34), that of pipeline_hunyuan_video.py 95
+(here 94).
 """
 
 TOKEN_PATTERN = (
@@ -131,11 +132,14 @@ def stand_in_tokenizer(cls: type, config: Mapping[str, Any]) -> PreTrainedTokeni
         tokenizer.add_bos_token = config.get("add_bos_token", True)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.is_stand_in = True
     return tokenizer
 
 
 class StandInProcessor:
     """Stands in for a processor of text and pictures, as long as there are only texts."""
+
+    is_stand_in = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stands_for: str) -> None:
         self.tokenizer = tokenizer
@@ -181,7 +185,9 @@ def _positions(mask: list[int]) -> list[int]:
 
 
 def _has_vocabulary(cls: type, folder: Path) -> bool:
-    names = {"tokenizer.json", *getattr(cls, "vocab_files_names", {}).values()}
+    names = {"tokenizer.json"}
+    if issubclass(cls, PreTrainedTokenizerBase):
+        names |= set(cls.vocab_files_names.values())
     return any((folder / name).is_file() for name in names)
 
 
@@ -190,8 +196,8 @@ def _real_processor(cls: type, folder: Path) -> Any:
         return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise InvalidRequest(
-            f"The {cls.__name__} in {folder} cannot be loaded ({error}): repair its files, or remove "
-            "its vocabulary to have a stand-in."
+            f"The {cls.__name__} in {folder} cannot be loaded ({error}): repair its files, or "
+            "remove its vocabulary to have a stand-in."
         ) from error
 
 
