@@ -269,6 +269,11 @@ class GroupHooks:
         """Whether a group begins or ends in *path* or below."""
         return path in self._ancestors
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether a recorder's first forward is under way."""
+        return bool(self._order)
+
     def before(self, path: str, entry: str) -> tuple[int, ...]:
         """Return the groups to copy in before the call of *path*."""
         if path in self.recorders and entry == "forward":

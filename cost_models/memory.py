@@ -1,0 +1,292 @@
+"""Peak memory of a pipeline call, twice: fast and additive for the search, replayed for the plan.
+
+allocated = weights on the GPU + activations + library workspace + carried tensors
+
+The additive model charges each component, phase by phase, for its own choice alone, so that the
+search can add choices up; it counts in 512-byte blocks and takes the worst call of each phase. The
+replay (:func:`simulate`) drives every allocation through a model of torch's allocator and is what
+a plan states. Easily overlooked: for model offload the additive model assumes that all components
+are under it; where some are not, an eviction may come later, and only the replay sees that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from pipefit.cost_models.allocator import allocated_bytes, block_bytes
+from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Resident,
+    SequentialOffload,
+)
+from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.replay import Replay
+from pipefit.cost_models.residency import (
+    GroupHooks,
+    Groups,
+    load_order,
+    model_offload_residency,
+    offload_groups,
+    sequential_groups,
+    sequential_resident_bytes,
+)
+from pipefit.cost_models.timeline import RoutinePeak, Timeline
+from pipefit.cost_models.workload import Component, Workload
+from pipefit.cost_models.workspace import cublas_bytes
+
+SLACK_SHARE = 0.06
+"""Share of reserved memory above the weights that a plan keeps in hand for fragmentation.
+
+Replayed reserved memory plus this covers every published reserved and process peak that the replay
+was compared with (FLUX.1, SDXL, Stable Diffusion 1.x, CogVideoX, AnimateDiff, Qwen-Image, Z-Image),
+except group offload with ``record_stream``, which is charged its weights in full instead.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseMemory:
+    """Peak of one phase; weights, activations, workspace and carried add up to allocated."""
+
+    allocated_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    """Library scratch at the peak, the workspace that cuBLAS keeps included."""
+    carried_bytes: int
+    reserved_bytes: int
+    slack_bytes: int
+    """What fragmentation may add to ``reserved_bytes``: :data:`SLACK_SHARE`."""
+    context_bytes: int
+
+    @property
+    def process_bytes(self) -> int:
+        """What a budget is compared with."""
+        return self.reserved_bytes + self.slack_bytes + self.context_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RootCall:
+    """One call of a component by the pipeline, with what the pipeline itself holds around it."""
+
+    phase: int
+    routine: int
+    live_bytes: int
+    """The pipeline's own tensors, and the cuBLAS workspace, when the call begins."""
+    outside_bytes: tuple[int, ...]
+    """Those of its tensors that go while the call runs."""
+    added_bytes: Mapping[str, int]
+    """By how much weights differ from what was traced as loaded, by component."""
+    gap_peak_bytes: int
+    """The most that the pipeline's tensors, its kernels and added weights take until the next call;
+    before the first call, too."""
+
+
+class MemoryModel:
+    """Everything that follows from one workload on one GPU; keeps what it has added up.
+
+    Use one for all questions about a workload: the search asks thousands.
+    """
+
+    def __init__(self, workload: Workload, gpu: Gpu) -> None:
+        self.workload = workload
+        self.timeline = Timeline(workload, gpu)
+        self._weight_bytes = {
+            component.name: allocated_bytes(load_order(component))
+            for component in workload.components
+        }
+        self._residency = model_offload_residency(workload)
+        self._calls: list[list[_RootCall]] = [[] for _ in workload.phases]
+        for call in _root_calls(workload, self.timeline, cublas_bytes(gpu)):
+            self._calls[call.phase].append(call)
+        self.carried_bytes = tuple(max(call.live_bytes for call in calls) for calls in self._calls)
+        """What the pipeline itself holds in each phase at the most, cuBLAS's workspace included."""
+        self._added_bytes = [
+            {
+                component.name: max(call.added_bytes.get(component.name, 0) for call in calls)
+                for component in workload.components
+            }
+            for calls in self._calls
+        ]
+        self._streamed_bytes: dict[object, int] = {}
+
+    def activation_peak(self, routine: int) -> RoutinePeak:
+        """Return the peak of one call of *routine* above what is alive when it begins."""
+        outside = (0,) * self.workload.routines[routine].num_outside
+        return self.timeline.outcome(routine, outside).peak
+
+    def streamed_peak(
+        self, component: str, routine: int, groups: Groups, *, look_ahead: bool
+    ) -> RoutinePeak:
+        """Return the peak of a call of *component* that brings its weights along in *groups*.
+
+        With *look_ahead* the call is a later one, in which each group may bring the next; without,
+        it is a first one. The weights on the GPU are part of the peak.
+        """
+        outside = (0,) * self.workload.routines[routine].num_outside
+        return self._streamed_peak(component, routine, outside, groups, 1.0, look_ahead=look_ahead)
+
+    def phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
+        """Return what *component* adds to each phase under *choice*.
+
+        The peak allocated in a phase is ``carried_bytes`` of it plus this of all components.
+        """
+        return tuple(
+            self._active_bytes(component, choice, i)
+            if phase.component == component.name
+            else self._idle_bytes(component, choice, i)
+            for i, phase in enumerate(self.workload.phases)
+        )
+
+    def _active_bytes(self, component: Component, choice: Choice, phase: int) -> int:
+        """Return the worst of the phase's calls and of the gaps after them, above the carried."""
+        added = self._added_bytes[phase]
+        elsewhere_bytes = sum(added.values()) - added[component.name]
+        resting_bytes = self._resting_bytes(component, choice)
+        needed = [
+            max(
+                call.live_bytes + self._call_bytes(component, choice, call),
+                call.gap_peak_bytes + resting_bytes - elsewhere_bytes,
+            )
+            for call in self._calls[phase]
+        ]
+        return max(0, max(needed) - self.carried_bytes[phase])
+
+    def _idle_bytes(self, component: Component, choice: Choice, phase: int) -> int:
+        placement = choice.placement
+        if isinstance(placement, ModelOffload):
+            if component.name not in self._residency.phases[phase]:
+                return 0
+        elif not isinstance(placement, Resident):
+            return self._resting_bytes(component, choice)
+        return self._weight_bytes[component.name] + self._added_bytes[phase][component.name]
+
+    def _resting_bytes(self, component: Component, choice: Choice) -> int:
+        """Return the traced weights that stay on the GPU right after a call of *component*."""
+        if isinstance(choice.placement, GroupOffload):
+            return 0
+        if isinstance(choice.placement, SequentialOffload):
+            return allocated_bytes(sequential_resident_bytes(component))
+        return self._weight_bytes[component.name]
+
+    def _call_bytes(self, component: Component, choice: Choice, call: _RootCall) -> int:
+        """Return weights, activations and workspace of one call at their highest."""
+        placement, routine = choice.placement, call.routine
+        if choice.variant:
+            routine = self.workload.variants[choice.variant].get(routine, routine)
+        outside = call.outside_bytes[: self.workload.routines[routine].num_outside]
+        added_bytes = call.added_bytes.get(component.name, 0)
+        peak_bytes = self.timeline.outcome(routine, outside).peak.peak_bytes
+        if isinstance(placement, Resident | ModelOffload):
+            return self._weight_bytes[component.name] + added_bytes + peak_bytes
+        if isinstance(placement, GroupOffload) and placement.record_stream:
+            # The host runs ahead of the GPU, bounded by the copies only.
+            return self._weight_bytes[component.name] + added_bytes + peak_bytes
+        ratio = 1 + added_bytes / component.weight_bytes if component.weight_bytes else 1.0
+        key = component.name, placement, routine, outside, ratio
+        found = self._streamed_bytes.get(key)
+        if found is None:
+            if isinstance(placement, SequentialOffload):
+                groups = sequential_groups(component)
+            else:
+                groups = offload_groups(component, placement)
+            found = self._streamed_bytes[key] = self._streamed_peak(
+                component.name, routine, outside, groups, ratio, look_ahead=True
+            ).peak_bytes
+        return found + self._resting_bytes(component, choice)
+
+    def _streamed_peak(
+        self,
+        component: str,
+        routine: int,
+        outside: tuple[int, ...],
+        groups: Groups,
+        ratio: float,
+        *,
+        look_ahead: bool,
+    ) -> RoutinePeak:
+        hooks = GroupHooks(groups)
+        num_calls = 2 if look_ahead and groups.recorders else 1
+        for _ in range(num_calls):
+            outcome = self.timeline.streamed_outcome(
+                routine, hooks, component, outside_bytes=outside, weight_ratio=ratio
+            )
+        return outcome.peak
+
+
+def simulate(
+    workload: Workload, choices: Mapping[str, Choice], gpu: Gpu
+) -> tuple[PhaseMemory, ...]:
+    """Replay the whole call and return the peak of each phase.
+
+    *choices* names every component of the workload. Allocated and reserved peaks of a phase need
+    not fall on the same moment; the parts are those of the allocated peak.
+    """
+    run = Replay(workload, choices, gpu)
+    run.run()
+    context = context_bytes(gpu)
+    return tuple(
+        PhaseMemory(
+            allocated_bytes=peak.allocated_bytes,
+            weight_bytes=peak.weight_bytes,
+            activation_bytes=peak.allocated_bytes - sum(peak[1:]),
+            workspace_bytes=peak.workspace_bytes,
+            carried_bytes=peak.carried_bytes,
+            reserved_bytes=reserved_bytes,
+            slack_bytes=round(SLACK_SHARE * (reserved_bytes - peak.weight_bytes)),
+            context_bytes=context,
+        )
+        for peak, reserved_bytes in zip(run.peaks, run.peak_reserved_bytes, strict=True)
+    )
+
+
+def _root_calls(
+    workload: Workload, timeline: Timeline, cublas_workspace_bytes: int
+) -> Iterator[_RootCall]:
+    """Walk the pipeline's own frame as traced, call by call."""
+    phase_of = {call: i for i, phase in enumerate(workload.phases) for call in phase.calls}
+    sizes: dict[int, int] = {}
+    live = gap_peak = num_calls = 0
+    has_cublas = False
+    added: dict[str, int] = {}
+    pending: _RootCall | None = None
+    for event in workload.root:
+        kind = event[0]
+        scratch = 0
+        if kind == "a":
+            sizes[event[1]] = block_bytes(event[2])
+            live += sizes[event[1]]
+        elif kind == "f":
+            live -= sizes.pop(event[1])
+        elif kind == "k":
+            scratch = timeline.scratch_bytes[event[1]]
+        elif kind == "w":
+            sign = 1 if event[2] > 0 else -1
+            added[event[1]] = added.get(event[1], 0) + sign * block_bytes(abs(event[2]))
+        else:
+            if pending is not None:
+                yield replace(pending, gap_peak_bytes=gap_peak)
+                gap_peak = 0
+            _, routine, _, returned, freed = event
+            if not has_cublas and timeline.launches_gemm(routine):
+                has_cublas = True
+                live += cublas_workspace_bytes
+            outside = tuple(sizes.pop(n) for n in freed)
+            pending = _RootCall(
+                phase=phase_of[num_calls],
+                routine=routine,
+                live_bytes=live,
+                outside_bytes=outside,
+                added_bytes=dict(added),
+                gap_peak_bytes=0,
+            )
+            num_calls += 1
+            outcome = timeline.outcome(routine, outside)
+            sizes.update(zip(returned, outcome.returned_bytes, strict=True))
+            live += sum(outcome.returned_bytes) - sum(outside)
+        gap_peak = max(gap_peak, live + scratch + sum(added.values()))
+    if pending is not None:
+        yield replace(pending, gap_peak_bytes=gap_peak)

@@ -1,0 +1,408 @@
+"""A whole pipeline call through the allocator: weights, hooks and every tensor in call order.
+
+This is what predicts reserved memory: which cached block a tensor finds depends on all that was
+allocated before it. A call that was replayed twice without needing new segments has reached a fixed
+point; from then on only its returned tensors are allocated.
+
+What is easily got wrong: with streams, weights come from the copy stream's own pool, which the
+activations of other components cannot use; and model offload empties the cache at each eviction,
+group offload never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipefit.cost_models.allocator import Block, CachingAllocator
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Resident,
+    SequentialOffload,
+)
+from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.residency import (
+    GroupHooks,
+    OffloadChain,
+    load_order,
+    offload_groups,
+    sequential_groups,
+    sequential_resident_bytes,
+)
+from pipefit.cost_models.timeline import split_path
+from pipefit.cost_models.workload import Event, Workload
+from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
+
+REPLAYS_TO_SETTLE = 2
+"""Replays of a call in a row that must leave reserved memory alone before it counts as settled.
+
+Chosen: one is not enough, because the first such replay may still have moved cached blocks about.
+"""
+
+SMALLEST_SETTLED_EVENTS = 32
+"""Calls of fewer events are always replayed: looking them up costs as much."""
+
+
+class Moment(NamedTuple):
+    """What is allocated at one moment, and of what it consists."""
+
+    allocated_bytes: int
+    weight_bytes: int
+    workspace_bytes: int
+    carried_bytes: int
+
+
+@dataclass(slots=True)
+class _Settled:
+    """How often a call left reserved memory as it was, and what it did then."""
+
+    reserved_bytes: int
+    loaded: frozenset[int]
+    peak: Moment
+    """Relative to the state at entry."""
+    peak_reserved_bytes: int
+    """Relative to the state at entry."""
+    returned_bytes: tuple[int, ...]
+    num_replays: int
+
+
+class Replay:
+    """Runs a workload once under some choices; :meth:`run` may be called once.
+
+    ``peaks`` and ``peak_reserved_bytes`` hold, for each phase of the workload, the highest moment
+    and the most that was reserved.
+    """
+
+    def __init__(self, workload: Workload, choices: Mapping[str, Choice], gpu: Gpu) -> None:
+        self.workload = workload
+        self.choices = choices
+        self.allocator = CachingAllocator()
+        self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
+        self.peak_reserved_bytes = [0] * len(workload.phases)
+        self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]
+        self._is_gemm = [kernel.kind == "gemm" for kernel in workload.kernels]
+        self._cublas_bytes = cublas_bytes(gpu)
+        self._has_cublas = False
+        self._weight_bytes = self._workspace_bytes = self._carried_bytes = 0
+        self._peak = Moment(0, 0, 0, 0)
+        self._phase_of = {c: i for i, phase in enumerate(workload.phases) for c in phase.calls}
+        self._phase = self._phase_of.get(0, 0)
+        self._carried: set[Block] = set()
+        members = [n for n, c in choices.items() if isinstance(c.placement, ModelOffload)]
+        self._chain = OffloadChain(workload, members)
+        self._tensor_bytes = {c.name: list(load_order(c)) for c in workload.components}
+        self._traced_bytes = {name: sum(sizes) for name, sizes in self._tensor_bytes.items()}
+        self._weights: dict[str, list[Block]] = {}
+        self._hooks: dict[str, GroupHooks] = {}
+        self._streams = {c.name: i for i, c in enumerate(workload.components, start=1)}
+        self._group_blocks: dict[tuple[str, int], list[Block]] = {}
+        self._deferred: list[Block] = []
+        self._settled: dict[tuple[int, str, str], _Settled] = {}
+        self._num_events: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Place the weights, then replay the pipeline's own frame."""
+        self._place_weights()
+        blocks: dict[int, Block] = {}
+        num_calls = 0
+        for event in self.workload.root:
+            kind = event[0]
+            if kind == "a":
+                self._carry(blocks, event[1], self.allocator.allocate(event[2]))
+            elif kind == "f":
+                self._free_if_known(blocks.pop(event[1], None))
+            elif kind == "k":
+                self._launch(event[1])
+            elif kind == "w":
+                self._change_weights(event[1], event[2])
+            else:
+                self._call_component(event, blocks, self._phase_of[num_calls])
+                num_calls += 1
+        self._leave_phase()
+
+    def _call_component(self, event: Event, blocks: dict[int, Block], phase: int) -> None:
+        """Replay a call that the pipeline makes; a traced variant may stand in for it."""
+        _, index, path, returned, freed = event
+        component, below = split_path(path, "", "")
+        choice = self.choices[component]
+        if choice.variant:
+            index = self.workload.variants[choice.variant].get(index, index)
+        is_loaded = self._evict_for(component)
+        if phase != self._phase:
+            self._leave_phase()
+            self._phase = phase
+        if is_loaded:
+            self._load(component, self._tensor_bytes[component])
+        outside = [blocks.pop(n) for n in freed]
+        results = self._call(index, component, below, outside, is_entered=True)
+        for block in self._deferred:
+            self._free_weight(block)
+        self._deferred.clear()
+        # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
+        for block in outside[self.workload.routines[index].num_outside :]:
+            self._free(block)
+        for number, block in zip(returned, results, strict=False):
+            self._carry(blocks, number, block)
+        for block in results[len(returned) :]:
+            self._free(block)
+
+    # Weights, as the placements move them.
+
+    def _place_weights(self) -> None:
+        for component in self.workload.components:
+            name = component.name
+            placement = self.choices[name].placement
+            if isinstance(placement, Resident) or name in self._chain.excluded:
+                self._load(name, self._tensor_bytes[name])
+            elif isinstance(placement, SequentialOffload):
+                self._load(name, sequential_resident_bytes(component))
+                self._hooks[name] = GroupHooks(sequential_groups(component))
+            elif isinstance(placement, GroupOffload):
+                self._hooks[name] = GroupHooks(offload_groups(component, placement))
+
+    def _evict_for(self, component: str) -> bool:
+        """Apply the chain's rule to a call of *component*; return whether it is to be loaded."""
+        evicted, is_loaded = self._chain.call(component)
+        for name in evicted:
+            for block in self._weights.pop(name):
+                self._free_weight(block)
+            self.allocator.empty_cache()
+        return is_loaded
+
+    def _load(self, name: str, tensor_bytes: Iterable[int]) -> None:
+        self._weights[name] = [self._allocate_weight(n, 0) for n in tensor_bytes]
+
+    def _allocate_weight(self, num_bytes: int, stream: int) -> Block:
+        block = self.allocator.allocate(num_bytes, stream)
+        self._weight_bytes += block.num_bytes
+        self._note_peak()
+        return block
+
+    def _free_weight(self, block: Block) -> None:
+        self._weight_bytes -= block.num_bytes
+        self.allocator.free(block)
+
+    def _change_weights(self, name: str, delta_bytes: int) -> None:
+        """One tensor of a component comes or goes, as in ``component.to(dtype)``."""
+        sizes = self._tensor_bytes[name]
+        held = None if name in self._hooks else self._weights.get(name)
+        if delta_bytes > 0:
+            sizes.append(delta_bytes)
+            if held is not None:
+                held.append(self._allocate_weight(delta_bytes, 0))
+        elif -delta_bytes in sizes:
+            sizes.remove(-delta_bytes)
+            if held is not None:
+                block = next(b for b in held if b.requested_bytes == -delta_bytes)
+                held.remove(block)
+                self._free_weight(block)
+
+    def _onload_groups(self, hooks: GroupHooks, component: str, path: str, entry: str) -> None:
+        traced_bytes = self._traced_bytes[component]
+        ratio = sum(self._tensor_bytes[component]) / traced_bytes if traced_bytes else 1.0
+        for index in hooks.before(path, entry):
+            group = hooks.groups[index]
+            stream = self._streams[component] if group.is_streamed else 0
+            self._group_blocks[component, index] = [
+                self._allocate_weight(round(n * ratio), stream) for n in group.tensor_bytes
+            ]
+            if isinstance(self.choices[component].placement, SequentialOffload):
+                self.allocator.empty_cache()
+
+    def _offload_groups(self, hooks: GroupHooks, component: str, path: str) -> None:
+        placement = self.choices[component].placement
+        for index in hooks.after(path):
+            blocks = self._group_blocks.pop((component, index))
+            if (
+                isinstance(placement, GroupOffload)
+                and placement.record_stream
+                and hooks.groups[index].is_streamed
+            ):
+                # The host runs ahead of the GPU, so freed weights are not reusable yet; how far
+                # ahead is bounded by the copies only: count them until the call ends.
+                self._deferred += blocks
+            else:
+                for block in blocks:
+                    self._free_weight(block)
+
+    # Calls below the pipeline's own frame.
+
+    def _call(
+        self, index: int, component: str, path: str, outside: list[Block], *, is_entered: bool
+    ) -> list[Block]:
+        hooks = self._hooks.get(component)
+        if hooks is not None and not hooks.concerns(path):
+            hooks = None
+        if self._events_of(index) < SMALLEST_SETTLED_EVENTS or (hooks and hooks.is_recording):
+            return self._replay(index, component, path, outside, hooks if is_entered else None)
+        key = (index, component, path) if hooks else (index, "", "")
+        loaded = frozenset(hooks.loaded) if hooks else frozenset()
+        settled = self._settled.get(key)
+        if settled is not None and (
+            settled.reserved_bytes != self.allocator.reserved_bytes or settled.loaded != loaded
+        ):
+            settled = None
+        if settled is not None and settled.num_replays >= REPLAYS_TO_SETTLE:
+            return self._repeat(settled, outside)
+        return self._observe(key, index, component, path, outside, hooks, is_entered, settled)
+
+    def _observe(
+        self,
+        key: tuple[int, str, str],
+        index: int,
+        component: str,
+        path: str,
+        outside: list[Block],
+        hooks: GroupHooks | None,
+        is_entered: bool,
+        settled: _Settled | None,
+    ) -> list[Block]:
+        """Replay a call and note whether it left reserved memory and the loaded weights alone."""
+        allocator = self.allocator
+        before, outer_peak = self._now(), self._peak
+        reserved_bytes, outer_reserved_bytes = (
+            allocator.reserved_bytes,
+            allocator.peak_reserved_bytes,
+        )
+        loaded = frozenset(hooks.loaded) if hooks else frozenset()
+        num_recorders = len(hooks.recorders) if hooks else 0
+        self._peak = before
+        allocator.peak_reserved_bytes = reserved_bytes
+        results = self._replay(index, component, path, outside, hooks if is_entered else None)
+        peak, peak_reserved_bytes = self._peak, allocator.peak_reserved_bytes
+        self._peak = max(outer_peak, peak)
+        allocator.peak_reserved_bytes = max(outer_reserved_bytes, peak_reserved_bytes)
+        self._settled.pop(key, None)
+        if (
+            allocator.reserved_bytes == reserved_bytes
+            and self._weight_bytes == before.weight_bytes
+            and (hooks is None or loaded == hooks.loaded)
+            and (hooks is None or num_recorders == len(hooks.recorders))
+        ):
+            self._settled[key] = _Settled(
+                reserved_bytes=reserved_bytes,
+                loaded=loaded,
+                peak=Moment(*(p - b for p, b in zip(peak, before, strict=True))),
+                peak_reserved_bytes=peak_reserved_bytes - reserved_bytes,
+                returned_bytes=tuple(block.requested_bytes for block in results),
+                num_replays=1 + (settled.num_replays if settled else 0),
+            )
+        return results
+
+    def _repeat(self, settled: _Settled, outside: list[Block]) -> list[Block]:
+        """Stand in for a call that has settled: its peaks, its results and what it frees."""
+        peak = Moment(*(n + p for n, p in zip(self._now(), settled.peak, strict=True)))
+        self._peak = max(self._peak, peak)
+        allocator = self.allocator
+        allocator.peak_reserved_bytes = max(
+            allocator.peak_reserved_bytes, allocator.reserved_bytes + settled.peak_reserved_bytes
+        )
+        results = [allocator.allocate(num_bytes) for num_bytes in settled.returned_bytes]
+        self._note_peak()
+        for block in outside:
+            self._free(block)
+        return results
+
+    def _replay(
+        self, index: int, component: str, path: str, outside: list[Block], hooks: GroupHooks | None
+    ) -> list[Block]:
+        routine = self.workload.routines[index]
+        if hooks is not None:
+            self._onload_groups(hooks, component, path, routine.entry)
+        allocator = self.allocator
+        blocks: dict[int, Block] = {}
+        for event in routine.events:
+            kind = event[0]
+            if kind == "a":
+                blocks[event[1]] = allocator.allocate(event[2])
+                if allocator.allocated_bytes > self._peak[0]:
+                    self._peak = self._now()
+            elif kind == "f":
+                allocator.free(blocks.pop(event[1]))
+            elif kind == "k":
+                self._launch(event[1])
+            elif kind == "c":
+                _, callee, relative, returned, freed = event
+                where, below = split_path(relative, component, path)
+                if where != component and not below and self._evict_for(where):
+                    self._load(where, self._tensor_bytes[where])
+                given = [blocks.pop(n) if n >= 0 else outside[-1 - n] for n in freed]
+                results = self._call(callee, where, below, given, is_entered=relative != "")
+                blocks.update(zip(returned, results, strict=True))
+            elif kind == "x":
+                self._free(outside[event[1]])
+            else:
+                self._change_weights(event[1], event[2])
+        if hooks is not None:
+            self._offload_groups(hooks, component, path)
+        return [blocks[n] for n in routine.returns]
+
+    def _launch(self, kernel: int) -> None:
+        if self._is_gemm[kernel] and not self._has_cublas:
+            self._has_cublas = True
+            self._workspace_bytes += self.allocator.allocate(self._cublas_bytes).num_bytes
+            self._note_peak()
+        if not self._scratch[kernel]:
+            return
+        blocks = [self.allocator.allocate(num_bytes) for num_bytes in self._scratch[kernel]]
+        held_bytes = sum(block.num_bytes for block in blocks)
+        self._workspace_bytes += held_bytes
+        self._note_peak()
+        self._workspace_bytes -= held_bytes
+        for block in blocks:
+            self.allocator.free(block)
+
+    def _events_of(self, index: int) -> int:
+        """Return how many events a call of this routine expands to."""
+        found = self._num_events.get(index)
+        if found is None:
+            events = self.workload.routines[index].events
+            found = self._num_events[index] = len(events) + sum(
+                self._events_of(event[1]) for event in events if event[0] == "c"
+            )
+        return found
+
+    # Counters.
+
+    def _carry(self, blocks: dict[int, Block], number: int, block: Block) -> None:
+        blocks[number] = block
+        self._carried.add(block)
+        self._carried_bytes += block.num_bytes
+        self._note_peak()
+
+    def _free(self, block: Block) -> None:
+        if block in self._carried:
+            self._carried.discard(block)
+            self._carried_bytes -= block.num_bytes
+        self.allocator.free(block)
+
+    def _free_if_known(self, block: Block | None) -> None:
+        # A variant may return fewer tensors than the call it stands in for.
+        if block is not None:
+            self._free(block)
+
+    def _now(self) -> Moment:
+        return Moment(
+            self.allocator.allocated_bytes,
+            self._weight_bytes,
+            self._workspace_bytes,
+            self._carried_bytes,
+        )
+
+    def _note_peak(self) -> None:
+        if self.allocator.allocated_bytes > self._peak[0]:
+            self._peak = self._now()
+
+    def _leave_phase(self) -> None:
+        """File the peaks under the current phase and start anew."""
+        phase, allocator = self._phase, self.allocator
+        if phase < len(self.peaks):
+            self.peaks[phase] = max(self.peaks[phase], self._peak)
+            self.peak_reserved_bytes[phase] = max(
+                self.peak_reserved_bytes[phase], allocator.peak_reserved_bytes
+            )
+        self._peak = self._now()
+        allocator.reset_peak()
