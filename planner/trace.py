@@ -165,7 +165,7 @@ class _Recorder(Observer):
         self.value_dependent: set[Any] = set()
         self.entries: dict[int, _Entry] = {}
         self.component_modules: dict[str, torch.nn.Module] = {}
-        self.component_buffers: dict[str, set[int]] = {}
+        self.changed_components: set[str] = set()
         self.unknown_reads: dict[str, int] = {}
         self.muted = False
         self.remembering = True
@@ -197,6 +197,7 @@ class _Recorder(Observer):
         if isinstance(owner, str):
             frame.events.append(("w", owner, -buffer.num_bytes))
             frame.remember = False
+            self.changed_components.add(owner)
         elif owner is frame:
             frame.events.append(("f", buffer.number))
             del frame.live[buffer.number]
@@ -245,7 +246,7 @@ class _Recorder(Observer):
         if path is None or not self.stack or self.muted or threading.get_ident() != self.thread:
             return function(*args, **kwargs)
         caller = self.stack[-1]
-        if caller is self.root:
+        if self.changed_components and caller is self.root:
             self._notice_changed_weights(path.split(".")[0])
         inputs: dict[int, torch.Tensor] = {}
         by_value = False
@@ -388,22 +389,17 @@ class _Recorder(Observer):
 
     def _notice_changed_weights(self, component: str) -> None:
         """Tell weights that the pipeline replaced (an upcast in ``__call__``) from its own tensors."""
-        module = self.component_modules[component]
-        known = self.component_buffers[component]
-        current = {}
-        for tensor in (*module.parameters(), *module.buffers()):
-            if isinstance(tensor, VirtualTensor):
-                buffer = buffer_of(tensor)
-                current[id(buffer)] = buffer
-        if current.keys() == known:
+        if component not in self.changed_components:
             return
-        for buffer in current.values():
-            if buffer.owner is self.root:
+        self.changed_components.discard(component)
+        module = self.component_modules[component]
+        for tensor in (*module.parameters(), *module.buffers()):
+            buffer = buffer_of(tensor) if isinstance(tensor, VirtualTensor) else None
+            if buffer is not None and buffer.owner is self.root:
                 place = self.root.alloc_events.pop(buffer.number)
                 del self.root.live[buffer.number]
                 self.root.events[place] = ("w", component, buffer.num_bytes)
                 buffer.owner = component
-        self.component_buffers[component] = set(current)
         for part in module.modules():
             self.structures.pop(id(part), None)
 
@@ -412,15 +408,11 @@ class _Recorder(Observer):
     def adopt(self, name: str, module: torch.nn.Module) -> None:
         """Make *module* a component: its paths are known, its weights belong to it."""
         self.component_modules[name] = module
-        owned = set()
         for path, part in module.named_modules():
             self.paths.setdefault(id(part), f"{name}.{path}" if path else name)
         for tensor in (*module.parameters(), *module.buffers()):
             if isinstance(tensor, VirtualTensor):
-                buffer = buffer_of(tensor)
-                buffer.owner = name
-                owned.add(id(buffer))
-        self.component_buffers[name] = owned
+                buffer_of(tensor).owner = name
 
     @contextlib.contextmanager
     def intercepting(self) -> Iterator[None]:
@@ -566,6 +558,8 @@ def _attribute_key(value: Any, depth: int = 0) -> Any:
     if depth < 3:
         if isinstance(value, (list, tuple)):
             return (type(value), *(_attribute_key(v, depth + 1) for v in value))
+        if isinstance(value, (set, frozenset)):
+            return (type(value), *sorted(map(str, value)))
         if isinstance(value, Mapping):
             return (
                 type(value), *((str(k), _attribute_key(v, depth + 1)) for k, v in value.items())

@@ -336,6 +336,8 @@ class VirtualMachine:
     def _remember(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Let *tensor*, which owns its whole storage, keep *value*."""
         buffer = buffer_of(tensor)
+        if 0 in tensor.stride() and tensor.numel() > 1:
+            return
         store = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
         if store.untyped_storage().nbytes() < buffer.num_bytes:
             return
@@ -689,7 +691,62 @@ def _shapes(machine: VirtualMachine, func: Any, args: Any, kwargs: Any) -> Any:
     if shape_rule is not None:
         with torch._C._DisableTorchDispatch():
             return shape_rule(machine, func, args, kwargs)
-    return machine.run_on_meta(func, args, kwargs)
+    made = machine.run_on_meta(func, args, kwargs)
+    if torch.Tag.pointwise in func.tags and func._schema.name not in _UNARY_WITH_NUMBERS:
+        return _with_iterator_strides(made, args)
+    return made
+
+
+_UNARY_WITH_NUMBERS = {"aten::pow", "aten::clamp", "aten::clamp_min", "aten::clamp_max"}
+"""To TensorIterator these have one operand; their numbers are parameters."""
+
+
+def _empty_like(source: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    """``empty_like`` as C++ does it: a dense tensor's strides are kept, size-1 dimensions included."""
+    if layout == torch.preserve_format:
+        dims = [d for d in range(source.dim()) if source.size(d) != 1]
+        step = 1
+        for d in sorted(dims, key=lambda d: (source.stride(d), source.size(d))):
+            if source.stride(d) != step:
+                break
+            step *= source.size(d)
+        else:
+            return torch.empty_strided(source.size(), source.stride(), dtype=dtype, device=META)
+    return torch.empty_like(source, dtype=dtype, memory_format=layout, device=META)
+
+
+def _like_shapes(machine: VirtualMachine, func: Any, args: Any, kwargs: Any) -> Any:
+    layout = kwargs.get("memory_format") or torch.preserve_format
+    return _empty_like(_as_meta_value(args[0]), kwargs.get("dtype") or args[0].dtype, layout)
+
+
+def _with_iterator_strides(made: Any, args: Any) -> Any:
+    """Give a tensor combined with a scalar the strides that TensorIterator gives it on CUDA.
+
+    The meta kernels normalise the stride of a size-1 dimension there; CUDA keeps it, and that decides
+    between channels_last and contiguous for everything downstream at batch size 1. Operators on one
+    tensor, or on several of one shape, take TensorIterator's fast path, which meta shares.
+    """
+    tensors = [t for t in _tensors(args) if t.dim() > 0]
+    scalars = [a for a in args[:3] if isinstance(a, (int, float)) or (isinstance(a, torch.Tensor) and a.dim() == 0)]
+    if len(args) < 2 or len(tensors) != 1 or not scalars or tensors[0].shape != made.shape:
+        return made
+    size, stride = made.size(), tensors[0].stride()
+    order = sorted(range(made.dim()), key=functools.cmp_to_key(lambda a, b: _iterates_before(a, b, size, stride)))
+    result, step = [0] * made.dim(), 1
+    for dim in order:
+        result[dim] = step
+        step *= max(1, size[dim])
+    return torch.empty_strided(size, result, dtype=made.dtype, device=META)
+
+
+def _iterates_before(a: int, b: int, size: Sequence[int], stride: Sequence[int]) -> int:
+    """Order of dimensions from fastest to slowest, as ``TensorIteratorBase::reorder_dimensions``."""
+    if stride[a] == 0 or stride[b] == 0 or stride[a] == stride[b]:
+        if stride[a] == stride[b] and stride[a] != 0 and size[a] != size[b]:
+            return -1 if size[a] < size[b] else 1
+        return b - a  # ambiguous: the later dimension is the faster one
+    return -1 if stride[a] < stride[b] else 1
 
 
 def _group_norm_shapes(machine: VirtualMachine, func: Any, args: Any, kwargs: Any) -> Any:
@@ -724,6 +781,9 @@ def _convolution_shapes(machine: VirtualMachine, func: Any, args: Any, kwargs: A
 _SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     aten.native_group_norm.default: _group_norm_shapes,
     aten.convolution.default: _convolution_shapes,
+    aten.empty_like.default: _like_shapes,
+    aten.zeros_like.default: _like_shapes,
+    aten.ones_like.default: _like_shapes,
 }
 
 
@@ -768,7 +828,7 @@ def _to_copy(machine: VirtualMachine, func: Any, args: Any, kwargs: dict[str, An
         with torch._C._DisableTorchDispatch():
             machine.in_kernel = True
             try:
-                spec = _TensorSpec(torch.empty_like(_as_meta_value(source), dtype=dtype, memory_format=layout))
+                spec = _TensorSpec(_empty_like(_as_meta_value(source), dtype, layout))
             finally:
                 machine.in_kernel = False
         machine._results[geometry] = spec
