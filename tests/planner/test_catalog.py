@@ -130,11 +130,11 @@ def test_the_pipeline_class_takes_exactly_what_the_entry_names(name: str) -> Non
 
 
 def model_class(library: str, name: str) -> Any:
+    """The class, where the library is a package or a folder of diffusers' pipelines."""
     if library in ("diffusers", "transformers"):
         return getattr(importlib.import_module(library), name)
-    return getattr(
-        importlib.import_module(f"diffusers.pipelines.{library}"), name, None
-    ) or getattr(importlib.import_module(f"diffusers.pipelines.deprecated.{library}"), name)
+    folder = "deprecated.wuerstchen" if library == "wuerstchen" else library
+    return getattr(importlib.import_module(f"diffusers.pipelines.{folder}"), name)
 
 
 @functools.cache
