@@ -37,48 +37,47 @@ typedef struct device {
     unsigned num_slices;
 } device_t;
 
-static device_t devices[MAX_DEVICES], *gpus[MAX_DEVICES];
+static device_t devices[MAX_DEVICES], *gpus[MAX_DEVICES], *latest;
 static unsigned num_devices, num_gpus;
 static char driver[80] = "550.54.14";
 
 static void read_line(const char *line) {
-    static device_t *device;
     char list[16], pid[16], question[32], uuid[96], name[96];
     long long held;
     int code;
     if (sscanf(line, "driver %79s", driver) == 1) return;
     if (sscanf(line, "gpu %95s %95[^\n]", uuid, name) == 2) {
-        device = gpus[num_gpus++] = &devices[num_devices++];
+        latest = gpus[num_gpus++] = &devices[num_devices++];
     } else if (sscanf(line, "slice %95s %95[^\n]", uuid, name) == 2) {
         device_t *gpu = gpus[num_gpus - 1];
-        device = gpu->slices[gpu->num_slices++] = &devices[num_devices++];
-    } else if (!device) {
+        latest = gpu->slices[gpu->num_slices++] = &devices[num_devices++];
+    } else if (!latest) {
         return;
     } else if (sscanf(line, "process %15s %15s %lld", list, pid, &held) == 3) {
         int drawn = strcmp(list, "graphics") == 0;
-        process_t *process = &device->processes[drawn][device->num_processes[drawn]++];
+        process_t *process = &latest->processes[drawn][latest->num_processes[drawn]++];
         process->pid = strcmp(pid, "self") ? (unsigned)atoi(pid) : (unsigned)getpid();
         process->used = (bytes_t)held;
         return;
     } else if (sscanf(line, "fail %31s %d", question, &code) == 2) {
-        strcpy(device->failures[device->num_failures].question, question);
-        device->failures[device->num_failures++].code = code;
+        strcpy(latest->failures[latest->num_failures].question, question);
+        latest->failures[latest->num_failures++].code = code;
         return;
     } else {
-        sscanf(line, "memory %llu %llu %llu", &device->total, &device->reserved, &device->free);
-        sscanf(line, "capability %d %d", &device->major, &device->minor);
-        sscanf(line, "link %u %u %u %u", &device->link[0], &device->link[1], &device->link[2],
-               &device->link[3]);
-        sscanf(line, "power %u", &device->power);
-        sscanf(line, "mig %u", &device->mig);
-        sscanf(line, "cores %u", &device->cores);
-        sscanf(line, "clocks %u %u", &device->clocks[0], &device->clocks[1]);
-        sscanf(line, "bus %u", &device->bus);
-        sscanf(line, "sms %u", &device->sms);
+        sscanf(line, "memory %llu %llu %llu", &latest->total, &latest->reserved, &latest->free);
+        sscanf(line, "capability %d %d", &latest->major, &latest->minor);
+        sscanf(line, "link %u %u %u %u", &latest->link[0], &latest->link[1], &latest->link[2],
+               &latest->link[3]);
+        sscanf(line, "power %u", &latest->power);
+        sscanf(line, "mig %u", &latest->mig);
+        sscanf(line, "cores %u", &latest->cores);
+        sscanf(line, "clocks %u %u", &latest->clocks[0], &latest->clocks[1]);
+        sscanf(line, "bus %u", &latest->bus);
+        sscanf(line, "sms %u", &latest->sms);
         return;
     }
-    strcpy(device->uuid, uuid);
-    strcpy(device->name, name);
+    strcpy(latest->uuid, uuid);
+    strcpy(latest->name, name);
 }
 
 static int failure(device_t *device, const char *question) {
@@ -99,6 +98,9 @@ int nvmlInitWithFlags(unsigned flags) {
     int code = SUCCESS;
     FILE *file = fopen(getenv("NVML_STAND_IN"), "r");
     (void)flags;
+    memset(devices, 0, sizeof devices);
+    num_devices = num_gpus = 0;
+    latest = NULL;
     while (fgets(line, sizeof line, file))
         if (sscanf(line, "init %d", &code) != 1) read_line(line);
     fclose(file);
