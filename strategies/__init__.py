@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
@@ -44,4 +46,9 @@ def strategy(name: str) -> Strategy:
     raise UnknownName("strategy", name, (one.name for one in BUILT_IN))
 
 
-__all__ = ["BUILT_IN", "strategy"]
+def traits_of(module: Any) -> dict[str, Any]:
+    """Return what all strategies together ask a live module, for ``Component.traits``."""
+    return {key: value for one in BUILT_IN for key, value in one.traits(module).items()}
+
+
+__all__ = ["BUILT_IN", "strategy", "traits_of"]

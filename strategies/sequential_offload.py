@@ -17,6 +17,7 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.strategies.live import (
     OFFLOAD_ATTRIBUTES,
+    Restore,
     attribute_restorer,
     device_restorer,
     hook_restorer,
@@ -69,6 +70,7 @@ class SequentialOffload:
     ) -> Undo:
         """Enable it for the whole pipeline; undo puts the very tensors back that were there."""
         modules = module_components(pipe).values()
+        put_back_all: list[Restore] = []
         with ExitStack() as undo:
             undo.callback(attribute_restorer(pipe, OFFLOAD_ATTRIBUTES))
             for module in modules:
@@ -76,8 +78,13 @@ class SequentialOffload:
                 # On the CPU accelerate's weights map shares the parameters' storage, so keeping
                 # these objects costs nothing, and it saves ties, which accelerate would cut.
                 module.to("cpu")
-                undo.callback(identity_restorer(module))
+                undo.callback(put_back := identity_restorer(module))
                 undo.callback(hook_restorer(module))
+                put_back_all.append(put_back)
             undo.callback(pipe.remove_all_hooks)
+            # Once more before the hooks are detached: with the CPU as execution device accelerate
+            # leaves plain tensors where parameters were, and then cannot detach from them.
+            for put_back in put_back_all:
+                undo.callback(put_back)
             pipe.enable_sequential_cpu_offload(device=device)
             return undo.pop_all().close

@@ -9,15 +9,12 @@ from pipefit.cost_models.workload import Component, Kernel, Workload
 
 def kernels_of(component: Component, workload: Workload) -> Iterator[Kernel]:
     """Yield the kernels of *component* in the order of launching, those of repeated calls once."""
-    phases = iter(workload.phases)
-    seen: set[int] = set()
     calls = [event for event in workload.root if event[0] == "c"]
-    position = 0
-    for phase in phases:
+    seen: set[int] = set()
+    for phase in workload.phases:
         if phase.component == component.name:
-            for call in calls[position : position + phase.num_calls]:
-                yield from _kernels(workload, call[1], seen)
-        position += phase.num_calls
+            for ordinal in phase.calls:
+                yield from _kernels(workload, calls[ordinal][1], seen)
 
 
 def _kernels(workload: Workload, routine: int, seen: set[int]) -> Iterator[Kernel]:

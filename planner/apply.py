@@ -1,0 +1,234 @@
+"""Put options in force on a live pipeline, all of them or none, and take them back.
+
+Everything that can be known beforehand is checked before anything is touched. What fails all the
+same (most often memory) is undone in reverse order; the pipeline is then as it was, and the error
+says so.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, UnsupportedPipeline
+from pipefit.planner.snapshot import differences, snapshot
+from pipefit.planner.trace import describe_component
+from pipefit.strategies import BUILT_IN, strategy, traits_of
+from pipefit.strategies.live import hooks_of, module_components
+from pipefit.strategies.strategy import Option, Strategy
+
+REMEDY_BY_HOOK: Mapping[str, str] = {
+    "CpuOffload": "call pipe.remove_all_hooks() first",
+    "AlignDevicesHook": "call pipe.remove_all_hooks() first",
+    "group_offloading": "undo the earlier plan, or load the pipeline afresh",
+    "layerwise_casting": "load the pipeline afresh, because a cast of weights cannot be taken back",
+}
+"""What to do about a hook, by accelerate's class or diffusers' name of it."""
+
+OTHER_HOOK_REMEDY = "remove it first (a step cache: component.disable_cache())"
+
+
+class Applied:
+    """Options in force on a pipeline, until :meth:`undo` or the end of the ``with`` block."""
+
+    def __init__(self, undo: ExitStack, device: torch.device, plan: Any = None) -> None:
+        self.plan = plan
+        """The plan that the options came from; None where they were given one by one."""
+        self._undo = undo
+        self._device = device
+
+    def undo(self) -> None:
+        """Take everything back, last applied first; a second call does nothing."""
+        self._undo.close()
+        _release_memory(self._device)
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def check_pipeline(pipe: Any) -> tuple[str, ...]:
+    """Return what a planner should know of *pipe*, one sentence each, if it can be planned for.
+
+    LoRA adapters are such a thing. Refused are pipelines whose weights somebody else already
+    places, packs or compiles: their hooks hold references that a plan would break.
+
+    Raises:
+        InvalidRequest: it is not a diffusion pipeline. UnsupportedPipeline: it is one, but pipefit
+        cannot place its weights; says why and what to do.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InvalidRequest(
+            f"A diffusers DiffusionPipeline was expected, but this is a {type(pipe).__name__}: "
+            "build one with DiffusionPipeline.from_pretrained(...)."
+        )
+    modules = module_components(pipe)
+    if not modules:
+        raise UnsupportedPipeline(
+            f"This {type(pipe).__name__} has no model among its components: load it with its "
+            "weights."
+        )
+    if getattr(pipe, "hf_device_map", None):
+        raise UnsupportedPipeline(
+            "The pipeline was loaded with a device_map, which places its components already: call "
+            "pipe.reset_device_map() first."
+        )
+    for name, module in modules.items():
+        reason = _unsupported(module)
+        if reason:
+            raise UnsupportedPipeline(f"The component {name} {reason}.")
+    return tuple(
+        f"{name} has LoRA adapters; load, fuse or remove adapters before applying, not after."
+        for name, module in modules.items()
+        if getattr(module, "peft_config", None)
+    )
+
+
+def apply_options(
+    pipe: Any, options: Sequence[Option], device: Any, *, plan: Any = None
+) -> Applied:
+    """Put *options* in force on *pipe*; *device* is the GPU, or the CPU in its place.
+
+    Raises:
+        InvalidRequest: an option cannot be used here, or contradicts another; nothing was touched.
+        UnsupportedPipeline: see :func:`check_pipeline`, or the weights are not loaded.
+        ApplyFailed: it failed half-way and was undone; the cause is attached.
+    """
+    device = torch.device(device)
+    check_pipeline(pipe)
+    _check_weights(pipe)
+    _check_options(pipe, options)
+    before = snapshot(pipe)
+    undo = ExitStack()
+    for option in sorted(options, key=_order):
+        try:
+            undo.callback(
+                strategy(option.strategy).apply(pipe, option.component, option.parameters, device)
+            )
+        except BaseException as error:
+            undo.close()
+            _release_memory(device)
+            if not isinstance(error, Exception):
+                raise
+            left = differences(before, snapshot(pipe))
+            raise ApplyFailed(_failure(option, error, left)) from error
+    return Applied(undo, device, plan)
+
+
+def _unsupported(module: Any) -> str | None:
+    """Say what about a component rules it out; None where nothing does."""
+    for path, names in hooks_of(module).items():
+        for name in names:
+            remedy = REMEDY_BY_HOOK.get(name, OTHER_HOOK_REMEDY)
+            return f"already carries a hook ({name} on {path or 'itself'}): {remedy}"
+    if len(getattr(module, "hf_device_map", None) or ()) > 1:
+        return "was loaded with a device_map over several devices: load it without"
+    if getattr(module, "_parallel_config", None) is not None:
+        return "runs in parallel on several GPUs: load it without a parallel_config"
+    if _is_quantized(module):
+        return "has quantised weights, which pipefit cannot count yet: load it unquantised"
+    if any(
+        hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
+        for part in module.modules()
+    ):
+        return "is compiled, and moving its weights would compile it again: compile afterwards"
+    return None
+
+
+def _is_quantized(module: Any) -> bool:
+    if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
+        return True
+    # GGUF and torchao weights are tensor subclasses of their own.
+    return any(type(parameter.data) is not torch.Tensor for parameter in module.parameters())
+
+
+def _check_weights(pipe: Any) -> None:
+    for name, module in module_components(pipe).items():
+        if any(tensor.device.type == "meta" for tensor in module.parameters()):
+            raise UnsupportedPipeline(
+                f"The weights of {name} are not loaded: load the pipeline with its weights to "
+                "apply a plan; planning alone needs none."
+            )
+
+
+def _check_options(pipe: Any, options: Sequence[Option]) -> None:
+    modules = module_components(pipe)
+    described = {
+        name: describe_component(name, module, traits_of(module))
+        for name, module in modules.items()
+    }
+    placed: dict[str, Option] = {}
+    seen: set[tuple[str, str | None]] = set()
+    for option in options:
+        chosen = strategy(option.strategy)
+        covered = _covered(chosen, option, tuple(modules))
+        if (option.strategy, option.component) in seen:
+            raise InvalidRequest(f"{_named(option)} is asked for twice: give it once.")
+        seen.add((option.strategy, option.component))
+        for name in covered:
+            reason = chosen.refusal(described[name], option.parameters)
+            if reason:
+                raise InvalidRequest(f"{option.strategy} cannot be used on {name}: {reason}")
+            if chosen.kind in ("placement", "pipeline_placement"):
+                other = placed.setdefault(name, option)
+                if other is not option:
+                    raise InvalidRequest(
+                        f"{_named(other)} and {_named(option)} both place the weights of {name}: "
+                        "choose one."
+                    )
+
+
+def _covered(chosen: Strategy, option: Option, components: Sequence[str]) -> Sequence[str]:
+    """Return the components that *option* touches."""
+    if chosen.kind == "pipeline_placement":
+        if option.component is not None:
+            raise InvalidRequest(
+                f"{option.strategy} is for the whole pipeline: leave @{option.component} out."
+            )
+        return components
+    if option.component is None:
+        raise InvalidRequest(
+            f"{option.strategy} needs a component, as in {option.strategy}@{components[0]}."
+        )
+    if option.component not in components:
+        raise UnknownName("component", option.component, components)
+    return (option.component,)
+
+
+def _order(option: Option) -> int:
+    return [one.name for one in BUILT_IN].index(option.strategy)
+
+
+def _named(option: Option) -> str:
+    return option.strategy + (f"@{option.component}" if option.component else "")
+
+
+def _failure(option: Option, error: Exception, left: Sequence[str]) -> str:
+    said = str(error).strip().split("\n")[0]
+    outcome = "everything was undone"
+    if left:
+        outcome = f"undoing left {len(left)} differences (first: {left[0]}), so load it afresh"
+    hint = ""
+    if isinstance(error, torch.OutOfMemoryError):
+        hint = " Free memory on the GPU, or plan for a smaller budget."
+    return f"{_named(option)} failed ({type(error).__name__}: {said}); {outcome}.{hint}"
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give the driver back what undoing freed, so that other programs see it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
