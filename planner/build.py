@@ -27,7 +27,6 @@ import torch
 import transformers
 from diffusers.models.modeling_utils import no_init_weights
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pipefit.errors import InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.catalog import pipeline_entry
@@ -49,7 +48,7 @@ FOLDER_DTYPE = "bfloat16"
 INDEX_FILE = "model_index.json"
 MODEL_FILE = "config.json"
 CONFIG_FILES = (MODEL_FILE, "scheduler_config.json", "guider_config.json")
-"""Where a component's configuration is; a processor's is the first file that ends in config.json."""
+"""Where a component's configuration is; a processor's is the first file ending in config.json."""
 
 LARGE_TABLE_ELEMENTS = 1 << 18
 """Tables that a constructor computes are not computed beyond this size.
@@ -169,23 +168,22 @@ def _from_catalogue(entry: Mapping[str, Any]) -> _Blueprint:
     for kind in ("components", "schedulers", "processors", "guiders"):
         for name, part in entry.get(kind, {}).items():
             parts[name] = _Part(part["library"], part["class"], part["config"], None)
-    return _Blueprint(
-        entry["name"], entry["pipeline_class"], entry.get("options", {}), parts, entry["dtype"], entry
-    )  # fmt: skip
+    options = entry.get("options", {})
+    return _Blueprint(entry["name"], entry["pipeline_class"], options, parts, entry["dtype"], entry)
 
 
 def _from_folder(folder: Path) -> _Blueprint:
     if not (folder / INDEX_FILE).is_file():
         raise InvalidRequest(
-            f"There is no {INDEX_FILE} in {folder}: give the folder that a pipeline was saved to, or "
-            "a name that `pipefit catalog` lists."
+            f"There is no {INDEX_FILE} in {folder}: give the folder that a pipeline was saved to, "
+            "or a name that `pipefit catalog` lists."
         )
     index = _read_json(folder / INDEX_FILE)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         raise InvalidRequest(
             f"{folder / INDEX_FILE} does not say which class of diffusers the pipeline has (its "
-            f"_class_name is {class_name!r}): pipelines with code of their own cannot be planned for."
+            f"_class_name is {class_name!r}): pipelines with their own code cannot be planned for."
         )
     parts: dict[str, _Part | None] = {}
     options: dict[str, Any] = {}
@@ -203,8 +201,8 @@ def _from_folder(folder: Path) -> _Blueprint:
 def _part_in(folder: Path, library: str, class_name: str) -> _Part:
     if not folder.is_dir():
         raise InvalidRequest(
-            f"{folder.parent / INDEX_FILE} names a component {folder.name!r}, but there is no folder "
-            f"{folder}: add it with its configuration."
+            f"{folder.parent / INDEX_FILE} names a component {folder.name!r}, but there is no "
+            f"folder {folder}: add it with its configuration."
         )
     named = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
     found = named or sorted(folder.glob("*config.json"))
@@ -356,7 +354,7 @@ def _transformers_model(
 
 
 def _transformers_config(cls: type, config: Mapping[str, Any]) -> Any:
-    """Return *config* as a *cls*; a tower's model also loads from the whole model's configuration."""
+    """Return *config* as a *cls*; one tower's model also loads from the whole model's config."""
     whole = cls.base_config_key and cls.base_config_key in config
     if whole and config.get("model_type") != cls.model_type:
         config = config[cls.base_config_key]
@@ -416,28 +414,42 @@ def _compute_small_buffers(model: transformers.PreTrainedModel) -> None:
 class _LargeTablesOnMeta(TorchDispatchMode):
     """Keeps what a constructor computes on the meta device where it is large."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True wraps every operator in a call that turns dynamo off
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = _tensors_in((args, kwargs))
+        inputs = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
         unknown = any(t.is_meta for t in inputs)
         small = all(t.numel() <= KNOWN_VALUE_LIMIT_ELEMENTS for t in inputs)
-        if inputs and small and not unknown:
+        if small and not unknown and (inputs or "device" not in kwargs):
             return func(*args, **kwargs)
-        if not inputs and "device" not in kwargs:
-            return func(*args, **kwargs)
-        on_meta = tree_map_only(torch.Tensor, lambda t: t.to(META), (args, kwargs))
-        if "device" in kwargs:
-            on_meta[1]["device"] = META
-        made = func(*on_meta[0], **on_meta[1])
-        if unknown or any(t.numel() > LARGE_TABLE_ELEMENTS for t in _tensors_in(made)):
+        device = {"device": META} if "device" in kwargs else {}
+        made = func(*map(_to_meta, args), **{**kwargs, **device})
+        sizes = [t.numel() for t in _flat((made,)) if isinstance(t, torch.Tensor)]
+        if unknown or any(size > LARGE_TABLE_ELEMENTS for size in sizes):
             return made
         return func(*args, **kwargs)
 
 
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    return [t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor)]
+def _flat(values: Any) -> Iterator[Any]:
+    """The elements of *values* and of the lists in it, as deep as operators nest tensors."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(META)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_meta(item) for item in value)
+    return value
 
 
 def _assemble(
@@ -459,7 +471,8 @@ def _assemble(
     ]
     if missing:
         raise InvalidRequest(
-            f"A {cls.__name__} needs {' and '.join(missing)}, which its index does not name: add it."
+            f"A {cls.__name__} needs {' and '.join(missing)}, which its {INDEX_FILE} does not "
+            "name: add it."
         )
     # AnimateDiff builds another UNet, from weights that are not here, while it is constructed.
     with accelerate.init_empty_weights(include_buffers=True):
@@ -480,7 +493,9 @@ def _required(pipe: diffusers.DiffusionPipeline) -> dict[str, dict[str, dict[str
 
 
 def _refuses_untiled(cls: type) -> bool:
-    return re.search(r"NotImplementedError\([^)]*without tiling", inspect.getsource(cls)) is not None
+    return (
+        re.search(r"NotImplementedError\([^)]*without tiling", inspect.getsource(cls)) is not None
+    )
 
 
 @contextlib.contextmanager
