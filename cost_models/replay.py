@@ -1,8 +1,8 @@
 """A whole pipeline call through the allocator: weights, hooks and every tensor in call order.
 
 This is what predicts reserved memory: which cached block a tensor finds depends on all that was
-allocated before it. A call that was replayed twice without needing new segments has reached a fixed
-point; from then on only its returned tensors are allocated.
+allocated before it. A call that was replayed twice with the same effect on reserved memory has
+reached a fixed point; from then on only its returned tensors are allocated.
 
 What is easily got wrong: with streams, weights come from the copy stream's own pool, which the
 activations of other components cannot use; and model offload empties the cache at each eviction,
@@ -37,7 +37,7 @@ from pipefit.cost_models.workload import Event, Workload
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 
 REPLAYS_TO_SETTLE = 2
-"""Replays of a call in a row that must leave reserved memory alone before it counts as settled.
+"""Replays of a call in a row that must find and leave the same reserved memory to count as settled.
 
 Chosen: one is not enough, because the first such replay may still have moved cached blocks about.
 """
@@ -57,7 +57,7 @@ class Moment(NamedTuple):
 
 @dataclass(slots=True)
 class _Settled:
-    """How often a call left reserved memory as it was, and what it did then."""
+    """How often in a row a call changed reserved memory alike, and what it did then."""
 
     reserved_bytes: int
     loaded: frozenset[int]
@@ -65,6 +65,7 @@ class _Settled:
     """Relative to the state at entry."""
     peak_reserved_bytes: int
     """Relative to the state at entry."""
+    added_reserved_bytes: int
     returned_bytes: tuple[int, ...]
     num_replays: int
 
@@ -94,7 +95,7 @@ class Replay:
         members = [n for n, c in choices.items() if isinstance(c.placement, ModelOffload)]
         self._chain = OffloadChain(workload, members)
         self._tensor_bytes = {c.name: list(load_order(c)) for c in workload.components}
-        self._traced_bytes = {name: sum(sizes) for name, sizes in self._tensor_bytes.items()}
+        self._weight_ratio: dict[str, float] = {}
         self._weights: dict[str, list[Block]] = {}
         self._hooks: dict[str, GroupHooks] = {}
         self._streams = {c.name: i for i, c in enumerate(workload.components, start=1)}
@@ -188,6 +189,8 @@ class Replay:
     def _change_weights(self, name: str, delta_bytes: int) -> None:
         """One tensor of a component comes or goes, as in ``component.to(dtype)``."""
         sizes = self._tensor_bytes[name]
+        traced_bytes = self.workload.component(name).weight_bytes
+        self._weight_ratio[name] = (sum(sizes) + delta_bytes) / traced_bytes
         held = None if name in self._hooks else self._weights.get(name)
         if delta_bytes > 0:
             sizes.append(delta_bytes)
@@ -201,8 +204,7 @@ class Replay:
                 self._free_weight(block)
 
     def _onload_groups(self, hooks: GroupHooks, component: str, path: str, entry: str) -> None:
-        traced_bytes = self._traced_bytes[component]
-        ratio = sum(self._tensor_bytes[component]) / traced_bytes if traced_bytes else 1.0
+        ratio = self._weight_ratio.get(component, 1.0)
         for index in hooks.before(path, entry):
             group = hooks.groups[index]
             stream = self._streams[component] if group.is_streamed else 0
@@ -236,7 +238,9 @@ class Replay:
         hooks = self._hooks.get(component)
         if hooks is not None and not hooks.concerns(path):
             hooks = None
-        if self._events_of(index) < SMALLEST_SETTLED_EVENTS or (hooks and hooks.is_recording):
+        # While weights move, only whole calls settle: where a block's results land among the cached
+        # weights matters for the next block.
+        if self._events_of(index) < SMALLEST_SETTLED_EVENTS or (hooks and path):
             return self._replay(index, component, path, outside, hooks if is_entered else None)
         key = (index, component, path) if hooks else (index, "", "")
         loaded = frozenset(hooks.loaded) if hooks else frozenset()
@@ -260,7 +264,7 @@ class Replay:
         is_entered: bool,
         settled: _Settled | None,
     ) -> list[Block]:
-        """Replay a call and note whether it left reserved memory and the loaded weights alone."""
+        """Replay a call and note what it did, provided that it left the loaded weights alone."""
         allocator = self.allocator
         before, outer_peak = self._now(), self._peak
         reserved_bytes, outer_reserved_bytes = (
@@ -276,9 +280,11 @@ class Replay:
         self._peak = max(outer_peak, peak)
         allocator.peak_reserved_bytes = max(outer_reserved_bytes, peak_reserved_bytes)
         self._settled.pop(key, None)
+        added_bytes = allocator.reserved_bytes - reserved_bytes
+        if settled is not None and settled.added_reserved_bytes != added_bytes:
+            settled = None
         if (
-            allocator.reserved_bytes == reserved_bytes
-            and self._weight_bytes == before.weight_bytes
+            self._weight_bytes == before.weight_bytes
             and (hooks is None or loaded == hooks.loaded)
             and (hooks is None or num_recorders == len(hooks.recorders))
         ):
@@ -287,6 +293,7 @@ class Replay:
                 loaded=loaded,
                 peak=Moment(*(p - b for p, b in zip(peak, before, strict=True))),
                 peak_reserved_bytes=peak_reserved_bytes - reserved_bytes,
+                added_reserved_bytes=added_bytes,
                 returned_bytes=tuple(block.requested_bytes for block in results),
                 num_replays=1 + (settled.num_replays if settled else 0),
             )

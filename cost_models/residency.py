@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -112,7 +112,7 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
     if placement.offload_type == "leaf_level":
         return _leaf_groups(component, placement.use_stream)
     num_blocks = 1 if placement.use_stream else placement.num_blocks_per_group or 1
-    children = _children(component)
+    children, below = _children(component), _by_prefix(component)
     lists = {module.path for module in component.modules if module.is_block_list}
     groups: list[Group] = []
     unmatched: list[Group] = []
@@ -129,7 +129,8 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
                 covered += blocks
                 for start in range(0, len(blocks), num_blocks):
                     paths = tuple(blocks[start : start + num_blocks])
-                    tensor_bytes = tuple(_storages(_below(component, paths)))
+                    tensors = chain.from_iterable(below.get(path, ()) for path in paths)
+                    tensor_bytes = tuple(_storages(tensors))
                     groups.append(
                         Group(
                             paths=paths,
@@ -139,7 +140,8 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
                     )
             else:
                 has_rest = True
-        rest = tuple(_storages(_below(component, (root,), outside=covered)))
+        taken = {t.path for path in covered for t in below.get(path, ())}
+        rest = tuple(_storages(t for t in below.get(root, ()) if t.path not in taken))
         if has_rest or rest:
             unmatched.append(Group(paths=(root,), tensor_bytes=rest))
 
@@ -196,20 +198,20 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
 
 def model_offload_residency(workload: Workload) -> Residency:
     """Return who is on the GPU in each phase when all components are under model offload."""
-    chain = OffloadChain(workload)
-    onloads = dict.fromkeys(chain.members, 0)
-    offloads = dict.fromkeys(chain.members, 0)
-    phases: list[frozenset[str]] = [frozenset(chain.excluded)] * len(workload.phases)
+    hooks = OffloadChain(workload)
+    onloads = dict.fromkeys(hooks.members, 0)
+    offloads = dict.fromkeys(hooks.members, 0)
+    phases: list[frozenset[str]] = [frozenset(hooks.excluded)] * len(workload.phases)
     calls = sorted((call, i) for i, phase in enumerate(workload.phases) for call in phase.calls)
     for _, index in calls:
         called = workload.phases[index].component
-        evicted, is_loaded = chain.call(called)
+        evicted, is_loaded = hooks.call(called)
         if is_loaded:
             onloads[called] += 1
         for name in evicted:
             offloads[name] += 1
-        phases[index] |= set(chain.resident)
-    for name in chain.resident:
+        phases[index] |= set(hooks.resident)
+    for name in hooks.resident:
         offloads[name] += 1
     return Residency(phases=tuple(phases), onloads=onloads, offloads=offloads)
 
@@ -294,8 +296,8 @@ class GroupHooks:
         order = self._order.pop(path, None)
         if order is not None:
             self.recorders.discard(path)
-            chain = [self._leads[path], *order] if path in self._leads else order
-            self._next.update(pairwise(chain))
+            called = [self._leads[path], *order] if path in self._leads else order
+            self._next.update(pairwise(called))
         index = self._ends.get(path)
         if index is None or index not in self.loaded:
             return ()
@@ -305,10 +307,13 @@ class GroupHooks:
 
 def _leaf_groups(component: Component, use_stream: bool) -> Groups:
     leaves = [module.path for module in component.modules if module.is_leaf_layer]
-    groups = [(leaf, _below(component, (leaf,))) for leaf in leaves]
+    below = _by_prefix(component)
+    groups = [(leaf, below.get(leaf, [])) for leaf in leaves]
+    taken = {tensor.path for _, tensors in groups for tensor in tensors}
     rest: dict[str, list[TensorInfo]] = {}
-    for tensor in _below(component, ("",), outside=leaves):
-        rest.setdefault(_owner(tensor), []).append(tensor)
+    for tensor in below.get("", ()):
+        if tensor.path not in taken:
+            rest.setdefault(_owner(tensor), []).append(tensor)
     if use_stream:
         # The component itself starts the first prefetch, whether it owns tensors or not.
         rest.setdefault("", [])
@@ -341,17 +346,13 @@ def _children(component: Component) -> dict[str, list[str]]:
     return children
 
 
-def _below(
-    component: Component, paths: Collection[str], outside: Collection[str] = ()
-) -> list[TensorInfo]:
-    """Return the tensors under *paths* but not under *outside*, parameters first."""
-    inside, left_out = set(paths), set(outside)
-    found = []
-    for tensor in component.tensors:
-        prefixes = set(_prefixes(tensor.path))
-        if prefixes & inside and not prefixes & left_out:
-            found.append(tensor)
-    return sorted(found, key=lambda tensor: tensor.is_buffer)
+def _by_prefix(component: Component) -> dict[str, list[TensorInfo]]:
+    """Return the tensors at or below each path, parameters first."""
+    below: dict[str, list[TensorInfo]] = {}
+    for tensor in sorted(component.tensors, key=lambda tensor: tensor.is_buffer):
+        for prefix in _prefixes(tensor.path):
+            below.setdefault(prefix, []).append(tensor)
+    return below
 
 
 def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
