@@ -34,7 +34,7 @@ from pipefit.cost_models.residency import (
     sequential_groups,
     sequential_resident_bytes,
 )
-from pipefit.cost_models.timeline import RoutinePeak, Timeline
+from pipefit.cost_models.timeline import Outcome, RoutinePeak, Timeline
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.cost_models.workspace import cublas_bytes
 
@@ -111,7 +111,7 @@ class MemoryModel:
             }
             for calls in self._calls
         ]
-        self._streamed_bytes: dict[object, int] = {}
+        self._streamed_outcomes: dict[object, Outcome] = {}
 
     def activation_peak(self, routine: int) -> RoutinePeak:
         """Return the peak of one call of *routine* above what is alive when it begins."""
@@ -127,7 +127,9 @@ class MemoryModel:
         it is a first one. The weights on the GPU are part of the peak.
         """
         outside = (0,) * self.workload.routines[routine].num_outside
-        return self._streamed_peak(component, routine, outside, groups, 1.0, look_ahead=look_ahead)
+        return self._later_outcome(
+            component, routine, outside, groups, 1.0, look_ahead=look_ahead
+        ).peak
 
     def phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
         """Return what *component* adds to each phase under *choice*.
@@ -166,39 +168,66 @@ class MemoryModel:
 
     def _resting_bytes(self, component: Component, choice: Choice) -> int:
         """Return the traced weights that stay on the GPU right after a call of *component*."""
-        if isinstance(choice.placement, GroupOffload):
-            return 0
-        if isinstance(choice.placement, SequentialOffload):
+        placement = choice.placement
+        if isinstance(placement, SequentialOffload):
             return allocated_bytes(sequential_resident_bytes(component))
-        return self._weight_bytes[component.name]
+        if not isinstance(placement, GroupOffload):
+            return self._weight_bytes[component.name]
+        if not placement.use_stream:
+            return 0
+        # A module that is called twice in a forward prefetches its successor twice; nobody drops
+        # the second copy before the next forward.
+        return max(
+            (
+                self._streamed(component, choice, call).weight_bytes
+                for phase, calls in zip(self.workload.phases, self._calls, strict=True)
+                if phase.component == component.name
+                for call in calls
+            ),
+            default=0,
+        )
 
     def _call_bytes(self, component: Component, choice: Choice, call: _RootCall) -> int:
         """Return weights, activations and workspace of one call at their highest."""
-        placement, routine = choice.placement, call.routine
+        placement = choice.placement
+        if isinstance(placement, SequentialOffload):
+            peak_bytes = self._streamed(component, choice, call).peak.peak_bytes
+            return peak_bytes + self._resting_bytes(component, choice)
+        if isinstance(placement, GroupOffload) and not placement.record_stream:
+            return self._streamed(component, choice, call).peak.peak_bytes
+        # With record_stream the host runs ahead of the GPU, bounded by copies only: all weights.
+        weight_bytes = self._weight_bytes[component.name] + call.added_bytes.get(component.name, 0)
+        return weight_bytes + self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
+
+    def _routine(self, choice: Choice, call: _RootCall) -> tuple[int, tuple[int, ...]]:
+        """Return the routine that runs under *choice*, and the outside buffers it frees."""
+        routine = call.routine
         if choice.variant:
             routine = self.workload.variants[choice.variant].get(routine, routine)
-        outside = call.outside_bytes[: self.workload.routines[routine].num_outside]
+        return routine, call.outside_bytes[: self.workload.routines[routine].num_outside]
+
+    def _streamed(self, component: Component, choice: Choice, call: _RootCall) -> Outcome:
+        """Return a later one of equal calls that bring their weights along.
+
+        Its weights are all that such calls hold, also at the end.
+        """
+        placement = choice.placement
+        routine, outside = self._routine(choice, call)
         added_bytes = call.added_bytes.get(component.name, 0)
-        peak_bytes = self.timeline.outcome(routine, outside).peak.peak_bytes
-        if isinstance(placement, Resident | ModelOffload):
-            return self._weight_bytes[component.name] + added_bytes + peak_bytes
-        if isinstance(placement, GroupOffload) and placement.record_stream:
-            # The host runs ahead of the GPU, bounded by the copies only.
-            return self._weight_bytes[component.name] + added_bytes + peak_bytes
         ratio = 1 + added_bytes / component.weight_bytes if component.weight_bytes else 1.0
         key = component.name, placement, routine, outside, ratio
-        found = self._streamed_bytes.get(key)
+        found = self._streamed_outcomes.get(key)
         if found is None:
-            if isinstance(placement, SequentialOffload):
-                groups = sequential_groups(component)
-            else:
+            if isinstance(placement, GroupOffload):
                 groups = offload_groups(component, placement)
-            found = self._streamed_bytes[key] = self._streamed_peak(
+            else:
+                groups = sequential_groups(component)
+            found = self._streamed_outcomes[key] = self._later_outcome(
                 component.name, routine, outside, groups, ratio, look_ahead=True
-            ).peak_bytes
-        return found + self._resting_bytes(component, choice)
+            )
+        return found
 
-    def _streamed_peak(
+    def _later_outcome(
         self,
         component: str,
         routine: int,
@@ -207,14 +236,20 @@ class MemoryModel:
         ratio: float,
         *,
         look_ahead: bool,
-    ) -> RoutinePeak:
+    ) -> Outcome:
         hooks = GroupHooks(groups)
-        num_calls = 2 if look_ahead and groups.recorders else 1
+        # The first call records the order, the second prefetches by it, and from the third on a
+        # prefetched group may be there from the start.
+        num_calls = 3 if look_ahead and groups.recorders else 1
+        held_bytes = left_bytes = 0
         for _ in range(num_calls):
+            held_bytes = left_bytes
             outcome = self.timeline.streamed_outcome(
                 routine, hooks, component, outside_bytes=outside, weight_ratio=ratio
             )
-        return outcome.peak
+            left_bytes += outcome.weight_bytes
+        peak = replace(outcome.peak, weight_bytes=outcome.peak.weight_bytes + held_bytes)
+        return Outcome(peak, outcome.returned_bytes, left_bytes)
 
 
 def simulate(
