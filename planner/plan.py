@@ -1,0 +1,146 @@
+"""The plan as a value: the chosen options with their prediction and reasons, and its JSON.
+
+A plan is made on one machine and may be applied on another day: it carries the fingerprint of its
+pipeline and the versions it was made with. The JSON is ``pipefit.plan/1``, a superset of
+``pipefit.prediction/1``; what a reader would get wrong is that a plan's assumptions are those of its
+prediction and stand in the JSON once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipefit.cost_models import serial
+from pipefit.cost_models.machine import Machine
+from pipefit.cost_models.prediction import Prediction
+from pipefit.errors import InvalidRequest
+from pipefit.planner.policy import Policy
+from pipefit.strategies.strategy import Option, Quality
+
+PREDICTION_SCHEMA = "pipefit.prediction/1"
+PLAN_SCHEMA = "pipefit.plan/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A configuration that lost, and why."""
+
+    options: tuple[Option, ...]
+    process_bytes: int
+    call_s: float
+    rejected_because: str
+    """``0.31 GiB over in decode``, ``12% slower`` …"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do with a pipeline, what will happen then, and why not otherwise."""
+
+    pipeline: str
+    """Catalogue name, folder or class name."""
+    call: Mapping[str, Any]
+    machine: Machine
+    policy: Policy
+    options: tuple[Option, ...]
+    prediction: Prediction
+    quality: Quality
+    """The level of the worst option in the plan."""
+    next_quality: str = ""
+    """What the next lower level would gain, one sentence; empty where there is none."""
+    alternatives: tuple[Alternative, ...] = ()
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What was taken for granted, one sentence each."""
+        return self.prediction.assumptions
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as ``pipefit.plan/1``."""
+        return {
+            **prediction_json(
+                self.prediction, pipeline=self.pipeline, call=self.call, machine=self.machine
+            ),
+            "schema": PLAN_SCHEMA,
+            **{name: serial.to_json(getattr(self, name)) for name in _PLAN_ONLY},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that :meth:`to_json` wrote.
+
+        Raises:
+            InvalidRequest: if *data* is not such a plan.
+        """
+        found = data.get("schema") if isinstance(data, Mapping) else None
+        if found != PLAN_SCHEMA:
+            raise InvalidRequest(
+                f"This is not a saved plan: its schema is {found!r} where {PLAN_SCHEMA!r} is "
+                "expected; write one with `pipefit plan PIPELINE --out plan.json`."
+            )
+        try:
+            return serial.from_json(cls, {**data, "prediction": data})
+        except ValueError as error:
+            raise InvalidRequest(
+                f"The saved plan is damaged ({error}): write it again with `pipefit plan`."
+            ) from error
+
+    def __str__(self) -> str:
+        """Return the plan as the tables that the command line prints."""
+        # rich costs a tenth of a second, and the report reads plans: imported when one is printed
+        from pipefit.planner.report import plan_report, to_text
+
+        return to_text(plan_report(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedCall(Prediction):
+    """A prediction together with what it is of: the answer of ``predict``."""
+
+    pipeline: str
+    call: Mapping[str, Any]
+    machine: Machine
+    options: tuple[Option, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``pipefit.prediction/1``."""
+        return prediction_json(
+            self, pipeline=self.pipeline, call=self.call, machine=self.machine
+        ) | {"options": serial.to_json(self.options)}
+
+    def __str__(self) -> str:
+        """Return the prediction as the tables that the command line prints."""
+        from pipefit.planner.report import prediction_report, to_text
+
+        return to_text(prediction_report(self))
+
+
+def prediction_json(
+    prediction: Prediction, *, pipeline: str, call: Mapping[str, Any], machine: Machine
+) -> dict[str, Any]:
+    """Return *prediction* as ``pipefit.prediction/1`` (design section 6)."""
+    fields = {
+        f.name: serial.to_json(getattr(prediction, f.name)) for f in dataclasses.fields(Prediction)
+    }
+    return {
+        "schema": PREDICTION_SCHEMA,
+        "pipeline": pipeline,
+        "call": serial.to_json(call),
+        "machine": serial.to_json(machine),
+        **fields,
+    }
+
+
+_PLAN_ONLY = (
+    "options",
+    "alternatives",
+    "quality",
+    "next_quality",
+    "policy",
+    "fingerprint",
+    "versions",
+)
