@@ -274,7 +274,7 @@ class _Recorder(Observer):
             self._close(frame, caller)
             raise
         self.stack.pop()
-        if _attributes(module) != state:
+        if not _same_attributes(_attributes(module), state):
             frame.remember = False
         made = {id(b): i for i, b in enumerate(r() for r in frame.live.values()) if b is not None}
         sizes = tuple(b.num_bytes for b in (r() for r in frame.live.values()) if b is not None)
@@ -510,6 +510,15 @@ def _output(spec: Any, new: Sequence[torch.Tensor], inputs: Sequence[torch.Tenso
 
 def _attributes(module: Any) -> dict[str, Any]:
     return {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers")}
+
+
+def _same_attributes(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a call left its module's own attributes as they were; small ones by value."""
+    return now.keys() == before.keys() and all(
+        value is before[name]
+        or (isinstance(value, (bool, int, float, str)) and value == before[name])
+        for name, value in now.items()
+    )
 
 
 def _argument_key(value: Any, inputs: dict[int, torch.Tensor], by_value: bool) -> Any:

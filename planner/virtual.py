@@ -147,6 +147,12 @@ class VirtualTensor(torch.Tensor):
         machine.observer.value_read(known_value(self) is not None, "tolist")
         return machine.values(self).tolist()
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(_index_of_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_index_of_tensors(index), value)
+
     def pin_memory(self, device: Any = None) -> torch.Tensor:
         return self
 
@@ -165,6 +171,15 @@ class VirtualTensor(torch.Tensor):
 
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"VirtualTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+def _index_of_tensors(index: Any) -> Any:
+    """Lists in an index become CPU tensors here; C++ would make them on meta and lose their values."""
+    if isinstance(index, (list, range, np.ndarray)) and len(index):
+        return torch.as_tensor(_plain(list(index)))
+    if isinstance(index, tuple):
+        return tuple(_index_of_tensors(i) for i in index)
+    return index
 
 
 def buffer_of(tensor: torch.Tensor) -> Buffer:
@@ -370,6 +385,8 @@ class VirtualMachine:
     ) -> torch.Tensor:
         """``tensor.to(...)``: the tensor itself where nothing changes."""
         device = self.normalise(device) or tensor.device
+        if device.type == "meta":  # a tensor that a C++ composite made and that has no home yet
+            device = tensor.device
         dtype = dtype or tensor.dtype
         if memory_format is not None and memory_format != torch.preserve_format:
             copy = copy or not tensor.is_contiguous(memory_format=memory_format)
@@ -539,7 +556,7 @@ class VirtualMachine:
         """Run the operator for real where every input's values are known; None where they are not."""
         if any(
             t.numel() > KNOWN_VALUE_LIMIT_ELEMENTS
-            or (isinstance(t, VirtualTensor) and buffer_of(t).value is None)
+            or (buffer_of(t).value is None if isinstance(t, VirtualTensor) else t.device.type == "meta")
             for t in given
         ):
             return None
@@ -816,7 +833,9 @@ def _to_copy(machine: VirtualMachine, func: Any, args: Any, kwargs: dict[str, An
     device = machine.normalise(kwargs.get("device")) or source.device
     dtype = kwargs.get("dtype") or source.dtype
     if device.type == "meta" and isinstance(source, VirtualTensor):
-        device = buffer_of(source).device or device
+        home = buffer_of(source).device
+    else:
+        home = device
     value = known_value(source) if source.numel() <= KNOWN_VALUE_LIMIT_ELEMENTS else None
     if device.type == "cpu" and value is not None:
         with torch._C._DisableTorchDispatch():
@@ -832,8 +851,8 @@ def _to_copy(machine: VirtualMachine, func: Any, args: Any, kwargs: dict[str, An
             finally:
                 machine.in_kernel = False
         machine._results[geometry] = spec
-    out = machine._materialise(spec, device)
-    if device.type == "cuda":
+    out = machine._materialise(spec, home)
+    if home is not None and home.type == "cuda":
         machine.observer.launched(func, geometry, args, kwargs, out)
     if value is not None:
         with torch._C._DisableTorchDispatch():
@@ -1034,10 +1053,21 @@ def _replacements(machine: VirtualMachine) -> list[tuple[Any, str, Any]]:
     table += [
         (functional, "scaled_dot_product_attention", attention),
         (functional, "rms_norm", functools.partial(_rms_norm, rms_norm)),
+        (torch, "Generator", _generator_class(torch.Generator)),
         (torch, "tensor", functools.partial(_new_tensor, machine, torch.tensor)),
         (torch, "as_tensor", functools.partial(_new_tensor, machine, torch.as_tensor)),
     ]
     return table
+
+
+def _generator_class(original: Any) -> Any:
+    """A generator for a virtual GPU draws on the CPU; what it draws has no values anyway."""
+
+    class Generator(original):  # type: ignore[misc,valid-type]
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return original.__new__(cls, "cpu")
+
+    return Generator
 
 
 def _new_tensor(machine: VirtualMachine, original: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
