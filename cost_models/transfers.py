@@ -67,7 +67,7 @@ compute stream. FLUX.1-dev, 30 steps, 502 leaf layers, 32.521 against 31.825 s
 
 COPY_LATENCY_S = 10e-6
 """Fixed time of one blocking copy, host call included: small pageable copies in
-https://forums.developer.nvidia.com/t/56270 take 6 to 13 microseconds up to 16 KB."""
+https://forums.developer.nvidia.com/t/56270 take 7 to 10 microseconds up to 16 KB."""
 
 TRANSFER_SPREAD = 1.6
 """Factor by which a real transfer may be faster or slower than these constants say: 10 and 25 GB/s
