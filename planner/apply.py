@@ -151,8 +151,10 @@ def _unsupported(module: Any) -> str | None:
 def _is_quantized(module: Any) -> bool:
     if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
         return True
-    # GGUF and torchao weights are tensor subclasses of their own.
-    return any(type(parameter.data) is not torch.Tensor for parameter in module.parameters())
+    # torchao's quantize_() leaves no flag on the module, only tensors of its own.
+    return any(
+        type(parameter.data).__module__.startswith("torchao") for parameter in module.parameters()
+    )
 
 
 def _check_weights(pipe: Any) -> None:

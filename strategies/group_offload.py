@@ -160,6 +160,10 @@ def _block_level_refusal(component: Component, parameters: Mapping[str, Any]) ->
     blocks = parameters.get("block_modules") or traits.get("block_modules")
     if traits.get("is_autoencoder") and not blocks:
         return f"{component.class_name} names no blocks, and pipelines call decode, not forward."
+    if parameters.get("use_stream") and blocks:
+        # Each level of block modules registers its own tracker of the order on the same modules,
+        # which raises (LazyPrefetchGroupOffloadingHook.initialize_hook, diffusers 0.42.1).
+        return f"{component.class_name} has nested blocks, which diffusers cannot stream."
     if not blocks and not traits.get("has_block_list"):
         return f"{component.class_name} has no list of blocks to divide: use leaf_level."
     return None

@@ -124,6 +124,19 @@ def processor_restorer(module: Any) -> Restore:
     return restore
 
 
+def _accelerate_hooks(part: Any) -> tuple[Any, ...]:
+    hook = getattr(part, ACCELERATE_HOOK, None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def set_execution_device(module: Any, device: Any) -> None:
+    """Tell accelerate's hooks on *module* and below to compute on *device*."""
+    for part in module.modules():
+        for hook in _accelerate_hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                hook.execution_device = device
+
+
 def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
     """Return the hooks on each submodule by path: accelerate's by class, diffusers' by name.
 
@@ -131,9 +144,7 @@ def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
     """
     found = {}
     for path, part in module.named_modules():
-        hook = getattr(part, ACCELERATE_HOOK, None)
-        accelerate_hooks = [] if hook is None else list(getattr(hook, "hooks", (hook,)))
-        names = [type(one).__name__ for one in accelerate_hooks]
+        names = [type(hook).__name__ for hook in _accelerate_hooks(part)]
         registry = getattr(part, DIFFUSERS_HOOKS, None)
         names += [] if registry is None else list(registry.hooks)
         if names:

@@ -17,12 +17,12 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.strategies.live import (
     OFFLOAD_ATTRIBUTES,
-    Restore,
     attribute_restorer,
     device_restorer,
     hook_restorer,
     identity_restorer,
     module_components,
+    set_execution_device,
 )
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
@@ -69,8 +69,9 @@ class SequentialOffload:
         self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
     ) -> Undo:
         """Enable it for the whole pipeline; undo puts the very tensors back that were there."""
+        import torch
+
         modules = module_components(pipe).values()
-        put_back_all: list[Restore] = []
         with ExitStack() as undo:
             undo.callback(attribute_restorer(pipe, OFFLOAD_ATTRIBUTES))
             for module in modules:
@@ -78,13 +79,13 @@ class SequentialOffload:
                 # On the CPU accelerate's weights map shares the parameters' storage, so keeping
                 # these objects costs nothing, and it saves ties, which accelerate would cut.
                 module.to("cpu")
-                undo.callback(put_back := identity_restorer(module))
+                undo.callback(identity_restorer(module))
                 undo.callback(hook_restorer(module))
-                put_back_all.append(put_back)
             undo.callback(pipe.remove_all_hooks)
-            # Once more before the hooks are detached: with the CPU as execution device accelerate
-            # leaves plain tensors where parameters were, and then cannot detach from them.
-            for put_back in put_back_all:
-                undo.callback(put_back)
             pipe.enable_sequential_cpu_offload(device=device)
+            if torch.device(device).type == "cpu":
+                # diffusers writes "cpu:0", which no CPU tensor's device equals: accelerate moves a
+                # parameter "to" it, is left with a plain tensor, and fails after the forward.
+                for module in modules:
+                    set_execution_device(module, torch.device("cpu"))
             return undo.pop_all().close
