@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -273,10 +274,11 @@ def _require_packages(cls: type) -> None:
     """
     placeholders = (diffusers.utils.DummyObject, transformers.utils.DummyObject)
     if isinstance(cls, placeholders) and not is_processor(cls):
-        packages = " and ".join(cls._backends)
+        missing = [b for b in cls._backends if importlib.util.find_spec(b) is None]
+        missing = missing or list(cls._backends)  # installed, but not in a version that serves
         raise UnsupportedPipeline(
-            f"{cls.__name__} needs {packages}, and not all of that is installed: install it, as in "
-            f"`pip install {' '.join(cls._backends)}`."
+            f"{cls.__name__} needs {' and '.join(missing)}, which is not installed here: install it "
+            f"with `pip install {' '.join(missing)}`."
         )
 
 

@@ -34,6 +34,12 @@ LATENTS_OF_PICTURE = 4
 Source: ``up_down_scale_factor`` 2 and two levels in PaellaVQModel, diffusers 0.42.1.
 """
 
+FAIL_WITHOUT_NEGATIVE_PROMPT = ("KolorsPipeline", "KolorsImg2ImgPipeline")
+"""Pipelines whose call fails with guidance but no negative prompt; their documentation gives "".
+
+Source: https://github.com/huggingface/diffusers/issues/13612, "Issue 4"; so in diffusers 0.42.1.
+"""
+
 SHOWN_ARGUMENTS = (
     "height", "width", "num_frames", "audio_length_in_s", "audio_end_in_s", "num_inference_steps",
     "strength", "guidance_scale", "min_guidance_scale", "max_guidance_scale", "true_cfg_scale",
@@ -49,8 +55,8 @@ def default_inputs(
     """Return *call* completed to arguments with which ``pipe(**arguments)`` runs.
 
     ``height`` and ``width`` may be given to a pipeline that takes its size from a picture or
-    an embedding: they are then the size of the stand-in for it. Arguments in *entry*'s
-    ``call["inputs"]``, of a catalogue entry, complete the call before anything is guessed.
+    an embedding: they are then the size of the stand-in for it. What a catalogue *entry* lists as
+    its call's ``inputs`` completes the call before anything is guessed.
 
     Raises:
         UnknownName: if *call* names something that the pipeline does not take.
@@ -68,6 +74,8 @@ def default_inputs(
     arguments = {name: value for name, value in given.items() if name in parameters}
     if "prompt" in parameters and not {"prompt", "prompt_embeds"} & arguments.keys():
         arguments["prompt"] = DEFAULT_PROMPT
+    if type(pipe).__name__ in FAIL_WITHOUT_NEGATIVE_PROMPT:
+        arguments.setdefault("negative_prompt", "")
     for name in needed:
         arguments[name] = STAND_INS[name](pipe, given)
     return arguments
