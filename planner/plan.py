@@ -2,8 +2,7 @@
 
 A plan is made on one machine and may be applied on another day: it carries the fingerprint of its
 pipeline and the versions it was made with. The JSON is ``pipefit.plan/1``, a superset of
-``pipefit.prediction/1``; what a reader would get wrong is that a plan's assumptions are those of its
-prediction and stand in the JSON once.
+``pipefit.prediction/1``: the fields of the prediction stand in it beside those of the plan.
 """
 
 from __future__ import annotations
