@@ -277,8 +277,8 @@ def _require_packages(cls: type) -> None:
         missing = [b for b in cls._backends if importlib.util.find_spec(b) is None]
         missing = missing or list(cls._backends)  # installed, but not in a version that serves
         raise UnsupportedPipeline(
-            f"{cls.__name__} needs {' and '.join(missing)}, which is not installed here: install it "
-            f"with `pip install {' '.join(missing)}`."
+            f"{cls.__name__} needs {' and '.join(missing)}, which is not installed here: "
+            f"`pip install {' '.join(missing)}`."
         )
 
 
