@@ -20,6 +20,7 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    Placement,
     Resident,
     SequentialOffload,
 )
@@ -70,15 +71,15 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RootCall:
-    """One call of a component by the pipeline, with what the pipeline itself holds around it."""
+    """Equal calls of a component in a phase, with what the pipeline itself holds around them."""
 
     phase: int
     routine: int
     live_bytes: int
-    """The pipeline's own tensors, and the cuBLAS workspace, when the call begins."""
+    """The pipeline's own tensors, and the cuBLAS workspace, when a call begins; the most."""
     outside_bytes: tuple[int, ...]
     """Those of its tensors that go while the call runs."""
-    added_bytes: Mapping[str, int]
+    added_bytes: tuple[tuple[str, int], ...]
     """By how much weights differ from what was traced as loaded, by component."""
     gap_peak_bytes: int
     """The most that the pipeline's tensors, its kernels and added weights take until the next call;
@@ -99,18 +100,17 @@ class MemoryModel:
             for component in workload.components
         }
         self._residency = model_offload_residency(workload)
-        self._calls: list[list[_RootCall]] = [[] for _ in workload.phases]
-        for call in _root_calls(workload, self.timeline, cublas_bytes(gpu)):
-            self._calls[call.phase].append(call)
+        self._calls = _distinct_calls(workload, self.timeline, cublas_bytes(gpu))
         self.carried_bytes = tuple(max(call.live_bytes for call in calls) for calls in self._calls)
         """What the pipeline itself holds in each phase at the most, cuBLAS's workspace included."""
         self._added_bytes = [
             {
-                component.name: max(call.added_bytes.get(component.name, 0) for call in calls)
+                component.name: max(_added_to(component, call) for call in calls)
                 for component in workload.components
             }
             for calls in self._calls
         ]
+        self._groups: dict[tuple[str, Placement], Groups] = {}
         self._streamed_outcomes: dict[object, Outcome] = {}
 
     def activation_peak(self, routine: int) -> RoutinePeak:
@@ -196,7 +196,7 @@ class MemoryModel:
         if isinstance(placement, GroupOffload) and not placement.record_stream:
             return self._streamed(component, choice, call).peak.peak_bytes
         # With record_stream the host runs ahead of the GPU, bounded by copies only: all weights.
-        weight_bytes = self._weight_bytes[component.name] + call.added_bytes.get(component.name, 0)
+        weight_bytes = self._weight_bytes[component.name] + _added_to(component, call)
         return weight_bytes + self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
 
     def _routine(self, choice: Choice, call: _RootCall) -> tuple[int, tuple[int, ...]]:
@@ -213,19 +213,27 @@ class MemoryModel:
         """
         placement = choice.placement
         routine, outside = self._routine(choice, call)
-        added_bytes = call.added_bytes.get(component.name, 0)
-        ratio = 1 + added_bytes / component.weight_bytes if component.weight_bytes else 1.0
-        key = component.name, placement, routine, outside, ratio
+        added_bytes = _added_to(component, call)
+        key = component.name, placement, routine, outside, added_bytes
         found = self._streamed_outcomes.get(key)
         if found is None:
-            if isinstance(placement, GroupOffload):
-                groups = offload_groups(component, placement)
-            else:
-                groups = sequential_groups(component)
+            weight_bytes = component.weight_bytes
+            ratio = 1 + added_bytes / weight_bytes if weight_bytes else 1.0
+            groups = self._groups_of(component, placement)
             found = self._streamed_outcomes[key] = self._later_outcome(
                 component.name, routine, outside, groups, ratio, look_ahead=True
             )
         return found
+
+    def _groups_of(self, component: Component, placement: Placement) -> Groups:
+        key = component.name, placement
+        if key not in self._groups:
+            self._groups[key] = (
+                offload_groups(component, placement)
+                if isinstance(placement, GroupOffload)
+                else sequential_groups(component)
+            )
+        return self._groups[key]
 
     def _later_outcome(
         self,
@@ -278,6 +286,26 @@ def simulate(
     )
 
 
+def _added_to(component: Component, call: _RootCall) -> int:
+    return next((added for name, added in call.added_bytes if name == component.name), 0)
+
+
+def _distinct_calls(
+    workload: Workload, timeline: Timeline, cublas_workspace_bytes: int
+) -> tuple[tuple[_RootCall, ...], ...]:
+    """Return the calls of each phase, equal ones merged into their worst case."""
+    phases: list[dict[object, _RootCall]] = [{} for _ in workload.phases]
+    for call in _root_calls(workload, timeline, cublas_workspace_bytes):
+        key = call.routine, call.outside_bytes, call.added_bytes
+        other = phases[call.phase].get(key, call)
+        phases[call.phase][key] = replace(
+            call,
+            live_bytes=max(call.live_bytes, other.live_bytes),
+            gap_peak_bytes=max(call.gap_peak_bytes, other.gap_peak_bytes),
+        )
+    return tuple(tuple(calls.values()) for calls in phases)
+
+
 def _root_calls(
     workload: Workload, timeline: Timeline, cublas_workspace_bytes: int
 ) -> Iterator[_RootCall]:
@@ -315,7 +343,7 @@ def _root_calls(
                 routine=routine,
                 live_bytes=live,
                 outside_bytes=outside,
-                added_bytes=dict(added),
+                added_bytes=tuple(added.items()),
                 gap_peak_bytes=0,
             )
             num_calls += 1

@@ -59,13 +59,14 @@ class Moment(NamedTuple):
 class _Settled:
     """How often in a row a call changed reserved memory alike, and what it did then."""
 
-    reserved_bytes: int
+    state_bytes: int
+    """See :meth:`Replay._state_bytes`."""
     loaded: frozenset[int]
     peak: Moment
     """Relative to the state at entry."""
     peak_reserved_bytes: int
-    """Relative to the state at entry."""
-    added_reserved_bytes: int
+    """Above ``state_bytes``."""
+    added_bytes: int
     returned_bytes: tuple[int, ...]
     num_replays: int
 
@@ -246,7 +247,7 @@ class Replay:
         loaded = frozenset(hooks.loaded) if hooks else frozenset()
         settled = self._settled.get(key)
         if settled is not None and (
-            settled.reserved_bytes != self.allocator.reserved_bytes or settled.loaded != loaded
+            settled.state_bytes != self._state_bytes(component) or settled.loaded != loaded
         ):
             settled = None
         if settled is not None and settled.num_replays >= REPLAYS_TO_SETTLE:
@@ -267,10 +268,8 @@ class Replay:
         """Replay a call and note what it did, provided that it left the loaded weights alone."""
         allocator = self.allocator
         before, outer_peak = self._now(), self._peak
-        reserved_bytes, outer_reserved_bytes = (
-            allocator.reserved_bytes,
-            allocator.peak_reserved_bytes,
-        )
+        state_bytes, reserved_bytes = self._state_bytes(component), allocator.reserved_bytes
+        outer_reserved_bytes = allocator.peak_reserved_bytes
         loaded = frozenset(hooks.loaded) if hooks else frozenset()
         num_recorders = len(hooks.recorders) if hooks else 0
         self._peak = before
@@ -280,8 +279,8 @@ class Replay:
         self._peak = max(outer_peak, peak)
         allocator.peak_reserved_bytes = max(outer_reserved_bytes, peak_reserved_bytes)
         self._settled.pop(key, None)
-        added_bytes = allocator.reserved_bytes - reserved_bytes
-        if settled is not None and settled.added_reserved_bytes != added_bytes:
+        added_bytes = self._state_bytes(component) - state_bytes
+        if settled is not None and settled.added_bytes != added_bytes:
             settled = None
         if (
             self._weight_bytes == before.weight_bytes
@@ -289,15 +288,25 @@ class Replay:
             and (hooks is None or num_recorders == len(hooks.recorders))
         ):
             self._settled[key] = _Settled(
-                reserved_bytes=reserved_bytes,
+                state_bytes=state_bytes,
                 loaded=loaded,
                 peak=Moment(*(p - b for p, b in zip(peak, before, strict=True))),
-                peak_reserved_bytes=peak_reserved_bytes - reserved_bytes,
-                added_reserved_bytes=added_bytes,
+                peak_reserved_bytes=peak_reserved_bytes - state_bytes,
+                added_bytes=added_bytes,
                 returned_bytes=tuple(block.requested_bytes for block in results),
                 num_replays=1 + (settled.num_replays if settled else 0),
             )
         return results
+
+    def _state_bytes(self, component: str) -> int:
+        """Return what must be equal for a call of *component* to have the same effect again.
+
+        Reserved memory, because cached blocks decide what needs new segments; under sequential
+        offload the cache is emptied at once, so that only what is in use matters.
+        """
+        if isinstance(self.choices[component].placement, SequentialOffload):
+            return self.allocator.requested_bytes
+        return self.allocator.reserved_bytes
 
     def _repeat(self, settled: _Settled, outside: list[Block]) -> list[Block]:
         """Stand in for a call that has settled: its peaks, its results and what it frees."""
@@ -305,7 +314,7 @@ class Replay:
         self._peak = max(self._peak, peak)
         allocator = self.allocator
         allocator.peak_reserved_bytes = max(
-            allocator.peak_reserved_bytes, allocator.reserved_bytes + settled.peak_reserved_bytes
+            allocator.peak_reserved_bytes, settled.state_bytes + settled.peak_reserved_bytes
         )
         results = [allocator.allocate(num_bytes) for num_bytes in settled.returned_bytes]
         self._note_peak()
