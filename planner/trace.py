@@ -739,6 +739,7 @@ def trace(
     variants: Callable[[Workload], Variants] = lambda workload: {},
     apply_variant: Callable[[Any, str, VariantParts], Callable[[], None]] | None = None,
     compute_capability: tuple[int, int] = (8, 9),
+    prepare: Callable[[Any], Any] = lambda twin: None,
     in_place: bool = False,
     remember: bool = True,
 ) -> Workload:
@@ -747,7 +748,8 @@ def trace(
     *pipe* may have its weights on the CPU, on a GPU or on the meta device and is left as it is unless
     *in_place*. *variants* is asked, once the plain call is traced, which components to trace again
     under which compute strategies; *apply_variant* puts those in force on the twin and returns how
-    to take them back. With *remember* off every call is executed (slow; for tests).
+    to take them back. *prepare* may change the twin before anything is recorded (a cast, as a load with
+    another dtype would have made it). With *remember* off every call is executed (slow; for tests).
 
     Raises:
         TraceError: if the pipeline's own call fails.
@@ -759,6 +761,7 @@ def trace(
     machine = recorder.machine
     with machine, torch.no_grad():
         twin = weightless(pipe, machine, in_place=in_place)
+        prepare(twin)
         modules = {n: m for n, m in twin.components.items() if isinstance(m, torch.nn.Module)}
         components = tuple(describe_component(n, m, traits(m)) for n, m in modules.items())
         for component, module in modules.items():

@@ -1,0 +1,408 @@
+"""From a workload to the choices that the search may make, priced by the cost models.
+
+A component chooses a placement (where its weights are) and a variant (how it computes, traced).
+Under model and sequential offload the placement is the whole pipeline's, so each of those is a
+problem of its own; everything else is one problem in which components choose independently.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.latency import Attention, LatencyModel
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
+from pipefit.cost_models.placement import ModelOffload, Placement, Resident
+from pipefit.cost_models.prediction import (
+    Choice,
+    DevicePeak,
+    Latency,
+    PhasePrediction,
+    Prediction,
+)
+from pipefit.cost_models.residency import host_bytes, model_offload_residency
+from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
+from pipefit.errors import InvalidRequest
+from pipefit.planner.policy import Policy
+from pipefit.planner.search import Candidate, Problem, Selection
+from pipefit.strategies import BUILT_IN, strategy
+from pipefit.strategies.strategy import Option, Quality, Strategy
+
+Parts = Mapping[str, Mapping[str, Any]]
+"""Compute strategies on one component: strategy -> parameters."""
+
+MIXED = "mixed"
+"""The problem in which every component chooses its own placement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """What one candidate stands for: the payload of a :class:`Candidate`."""
+
+    choice: Choice
+    options: tuple[Option, ...]
+    attention: Attention = "native"
+
+
+def compute_variants(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
+    """Return, for every component that is called, the compute strategies worth tracing together.
+
+    Every combination of the strategies' options; what the policy requires is in all of them.
+    """
+    called = {phase.component for phase in workload.phases}
+    return {
+        component.name: [p for p in _combinations(component, workload, gpu, policy) if p]
+        for component in workload.components
+        if component.name in called
+    }
+
+
+def _combinations(
+    component: Component, workload: Workload, gpu: Gpu, policy: Policy
+) -> list[Parts]:
+    axes: list[list[tuple[str, Mapping[str, Any]] | None]] = []
+    for one in _allowed("compute", policy):
+        required = _required(policy, one, component)
+        if required:
+            axes.append([(one.name, option.parameters) for option in required])
+            continue
+        offered = one.options(component, workload, gpu)
+        if offered:
+            must = bool(component.traits.get("must_tile")) and one.name == "vae_tiling"
+            axes.append([*([] if must else [None]), *((one.name, p) for p in offered)])
+    return [dict(p for p in combination if p) for combination in itertools.product(*axes)]
+
+
+def _allowed(kind: str, policy: Policy) -> list[Strategy]:
+    return [
+        one
+        for one in BUILT_IN
+        if one.kind == kind
+        and one.name not in policy.forbidden
+        and (one.quality.rank <= policy.quality.rank or _is_required(policy, one))
+    ]
+
+
+def _is_required(policy: Policy, one: Strategy) -> bool:
+    return any(option.strategy == one.name for option in policy.required)
+
+
+def _required(policy: Policy, one: Strategy, component: Component) -> list[Option]:
+    """Return what the policy asks of *one* on *component*; no component named means wherever it can.
+
+    Raises:
+        InvalidRequest: if it was asked for by name and cannot be had.
+    """
+    found = []
+    for option in policy.required:
+        if option.strategy != one.name or option.component not in (None, component.name):
+            continue
+        refusal = one.refusal(component, option.parameters)
+        if refusal and option.component is not None:
+            raise InvalidRequest(f"{one.name} on {component.name} is not possible: {refusal}")
+        if not refusal:
+            found.append(option)
+    return found
+
+
+class Pricing:
+    """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
+
+    def __init__(self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()) -> None:
+        self.workload = workload
+        self.gpu = gpu
+        self.load_options = tuple(load_options)
+        """Options that made this workload out of the user's pipeline: a cast, for all candidates."""
+        self.memory = MemoryModel(workload, gpu)
+        self.latency = LatencyModel(workload, gpu)
+        self._residency = model_offload_residency(workload)
+        self._root_calls = [event for event in workload.root if event[0] == "c"]
+
+    # -- problems
+
+    def problems(self, policy: Policy) -> list[Problem]:
+        """Return what the search has to solve: one problem a way of placing the pipeline."""
+        found = []
+        pipeline_wide = _allowed("pipeline_placement", policy)
+        required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
+        per_component = _allowed("placement", policy)
+        if not required_wide:
+            groups = {
+                c.name: self._candidates(c, self._placements(c, per_component, policy), policy)
+                for c in self.workload.components
+            }
+            if all(groups.values()):
+                found.append(self._problem(MIXED, groups))
+        if not any(_is_required(policy, one) for one in per_component):
+            for one in required_wide or pipeline_wide:
+                if not all(one.options(c, self.workload, self.gpu) for c in self.workload.components):
+                    continue
+                option = Option(strategy=one.name)
+                placement = one.placement({})
+                assert placement is not None
+                found.append(
+                    self._problem(
+                        one.name,
+                        {
+                            c.name: self._candidates(c, [(option, placement)], policy)
+                            for c in self.workload.components
+                        },
+                    )
+                )
+        return found
+
+    def _problem(self, name: str, groups: Mapping[str, list[Candidate]]) -> Problem:
+        context = context_bytes(self.gpu)
+        return Problem(
+            name=name,
+            phases=tuple(f"{p.name} ({p.component})" for p in self.workload.phases),
+            base_bytes=tuple(carried + context for carried in self.memory.carried_bytes),
+            base_s=self.latency.own_seconds(),
+            components=groups,
+        )
+
+    def _placements(
+        self, component: Component, strategies: Sequence[Strategy], policy: Policy
+    ) -> list[tuple[Option, Placement]]:
+        required = [
+            (one, option) for one in strategies for option in _required(policy, one, component)
+        ]
+        if required:
+            offered = [(one, option.parameters) for one, option in required]
+        else:
+            offered = [
+                (one, parameters)
+                for one in strategies
+                for parameters in one.options(component, self.workload, self.gpu)
+            ]
+        found = []
+        for one, parameters in offered:
+            placement = one.placement(parameters)
+            assert placement is not None
+            option = Option(strategy=one.name, component=component.name, parameters=parameters)
+            found.append((option, placement))
+        return found
+
+    def _candidates(
+        self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
+    ) -> list[Candidate]:
+        phases = [p for p in self.workload.phases if p.component == component.name]
+        if not phases and all(o.component is not None for o, _ in placements):
+            return [self._unused(component)]
+        combinations = _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
+        return [
+            self._candidate(component, option, placement, parts)
+            for option, placement in placements
+            for parts in combinations
+            if not parts or variant_key(component.name, parts) in self.workload.variants
+        ]
+
+    def _unused(self, component: Component) -> Candidate:
+        """Return the candidate of a component that the call never enters: it stays where it is."""
+        return Candidate(
+            key="unused",
+            phase_bytes=(0,) * len(self.workload.phases),
+            call_s=0.0,
+            host_bytes=component.weight_bytes,
+            payload=None,
+        )
+
+    def _candidate(
+        self, component: Component, option: Option, placement: Placement, parts: Parts
+    ) -> Candidate:
+        variant = variant_key(component.name, parts) if parts else ""
+        choice = Choice(placement=placement, variant=variant)
+        attention = attention_of(parts)
+        host = host_bytes(component, placement)
+        options = (
+            *(Option(strategy=n, component=component.name, parameters=p) for n, p in parts.items()),
+            option,
+        )
+        counted = [o for o in options if o.strategy != "resident"]
+        return Candidate(
+            key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
+            phase_bytes=self.memory.phase_bytes(component, choice),
+            call_s=sum(
+                self._phase_seconds(phase, choice, attention)[0]
+                for phase in self.workload.phases
+                if phase.component == component.name
+            ),
+            host_bytes=host.pageable_bytes + host.pinned_bytes,
+            pinned_bytes=host.pinned_bytes,
+            quality_rank=max(strategy(o.strategy).quality.rank for o in (*options, *self.load_options)),
+            num_strategies=len(counted),
+            payload=Pick(choice=choice, options=options, attention=attention),
+        )
+
+    def _phase_seconds(
+        self, phase: Phase, choice: Choice, attention: Attention
+    ) -> tuple[float, float, float, float]:
+        """Return (later call, first call, low, high) seconds of one phase."""
+        component = self.workload.component(phase.component)
+        counts: dict[int, int] = {}
+        for ordinal in phase.calls:
+            routine = self._root_calls[ordinal][1]
+            if choice.variant:
+                routine = self.workload.variants[choice.variant].get(routine, routine)
+            counts[routine] = counts.get(routine, 0) + 1
+        # Model offload moves a component once, however many phases it has: charged to the first.
+        first = next(p for p in self.workload.phases if p.component == phase.component)
+        moves = phase == first
+        time = self.latency.placement_seconds(
+            component,
+            list(counts.items()),
+            choice.placement,
+            attention=attention,
+            num_onloads=self._residency.onloads.get(component.name, 0) if moves else 0,
+            num_offloads=self._residency.offloads.get(component.name, 0) if moves else 0,
+        )
+        return time.call_s, time.first_call_s, time.low_s, time.high_s
+
+    # -- predictions
+
+    def replay(self, picks: Mapping[str, Pick | None]) -> tuple[PhaseMemory, ...]:
+        """Replay one configuration through the allocator model."""
+        return simulate(self.workload, self._choices(picks), self.gpu)
+
+    def _choices(self, picks: Mapping[str, Pick | None]) -> dict[str, Choice]:
+        used = {phase.component for phase in self.workload.phases}
+        idle = Choice(placement=ModelOffload())  # never called, so never brought in
+        return {
+            c.name: picks[c.name].choice if c.name in used else idle  # type: ignore[union-attr]
+            for c in self.workload.components
+        }
+
+    def prediction(
+        self, picks: Mapping[str, Pick | None], peaks: Sequence[PhaseMemory]
+    ) -> Prediction:
+        """Return what *picks*, with the replayed *peaks*, need."""
+        device = self.gpu.index
+        phases = []
+        first_s = low_s = high_s = call_s = own_s = self.latency.own_seconds()
+        for phase, peak in zip(self.workload.phases, peaks, strict=True):
+            pick = picks[phase.component]
+            assert pick is not None
+            seconds, phase_first_s, phase_low_s, phase_high_s = self._phase_seconds(
+                phase, pick.choice, pick.attention
+            )
+            call_s, first_s = call_s + seconds, first_s + phase_first_s
+            low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
+            phases.append(
+                PhasePrediction(
+                    name=phase.name,
+                    component=phase.component,
+                    entry=phase.entry,
+                    calls=phase.num_calls,
+                    device=device,
+                    seconds=seconds,
+                    allocated_bytes=peak.allocated_bytes,
+                    weights_bytes=peak.weight_bytes,
+                    activation_bytes=peak.activation_bytes,
+                    workspace_bytes=peak.workspace_bytes,
+                    carried_bytes=peak.carried_bytes,
+                    reserved_bytes=peak.reserved_bytes,
+                    process_bytes=peak.process_bytes,
+                )
+            )
+        del own_s
+        host = [
+            host_bytes(self.workload.component(name), pick.choice.placement)
+            for name, pick in picks.items()
+            if pick is not None
+        ]
+        unused = [
+            self.workload.component(name).weight_bytes for name, pick in picks.items() if pick is None
+        ]
+        worst = max(peaks, key=lambda p: p.process_bytes)
+        return Prediction(
+            peak_vram=(
+                DevicePeak(
+                    device=device,
+                    allocated_bytes=max(p.allocated_bytes for p in peaks),
+                    reserved_bytes=max(p.reserved_bytes for p in peaks),
+                    process_bytes=worst.process_bytes,
+                    context_bytes=worst.context_bytes,
+                    slack_bytes=worst.slack_bytes,
+                ),
+            ),
+            phases=tuple(phases),
+            latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
+            host_ram_bytes=sum(h.pageable_bytes + h.pinned_bytes for h in host) + sum(unused),
+            pinned_bytes=sum(h.pinned_bytes for h in host),
+            disk_bytes=0,
+            assumptions=self.workload.assumptions,
+        )
+
+    def picks(self, selection: Selection) -> dict[str, Pick | None]:
+        """Return what the selection chose for each component; None where it is not called."""
+        return {name: candidate.payload for name, candidate in selection.choices.items()}
+
+    def exactly(self, options: Sequence[Option]) -> dict[str, Pick | None]:
+        """Return the one configuration that *options* describe; what they leave open is resident.
+
+        Raises:
+            InvalidRequest: if an option is refused, or two contradict each other.
+        """
+        picks: dict[str, Pick | None] = {}
+        for component in self.workload.components:
+            if all(p.component != component.name for p in self.workload.phases):
+                picks[component.name] = None
+                continue
+            parts: dict[str, Mapping[str, Any]] = {}
+            option, placement = Option(strategy="resident", component=component.name), None
+            for one in BUILT_IN:
+                policy = Policy(budget_bytes={}, required=tuple(options))
+                for asked in _required(policy, one, component):
+                    if one.kind == "compute":
+                        parts[one.name] = asked.parameters
+                    elif one.kind != "load":
+                        if placement is not None:
+                            raise InvalidRequest(
+                                f"{option.strategy} and {one.name} both place {component.name}: "
+                                "choose one."
+                            )
+                        option = replace(asked, component=component.name)
+                        placement = one.placement(asked.parameters)
+            variant = variant_key(component.name, parts) if parts else ""
+            picks[component.name] = Pick(
+                choice=Choice(placement=placement or Resident(), variant=variant),
+                options=(
+                    *(Option(strategy=n, component=component.name, parameters=p) for n, p in parts.items()),
+                    option,
+                ),
+                attention=attention_of(parts),
+            )
+        return picks
+
+
+def attention_of(parts: Parts) -> Attention:
+    """Return which attention kernel *parts* ask for."""
+    backend: Attention = parts.get("attention", {}).get("backend", "native")
+    return backend
+
+
+def plan_options(
+    pricing: Pricing, picks: Mapping[str, Pick | None]
+) -> tuple[Option, ...]:
+    """Return the options of a configuration, each once, in the order of application."""
+    found: list[Option] = list(pricing.load_options)
+    for name, pick in picks.items():
+        if pick is None:
+            continue
+        for option in pick.options:
+            wide = strategy(option.strategy).kind == "pipeline_placement"
+            placed = replace(option, component=None if wide else name)
+            if placed not in found:
+                found.append(placed)
+    order = {one.name: i for i, one in enumerate(BUILT_IN)}
+    return tuple(sorted(found, key=lambda o: (order[o.strategy], o.component or "")))
+
+
+def quality_of(options: Sequence[Option]) -> Quality:
+    """Return the level of the worst of *options*; exact where there is none."""
+    ranks = [strategy(o.strategy).quality.rank for o in options]
+    return list(Quality)[max(ranks, default=0)]
