@@ -26,7 +26,7 @@ from pipefit.cost_models.prediction import (
 )
 from pipefit.cost_models.residency import host_bytes, model_offload_residency
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
-from pipefit.errors import InvalidRequest
+from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, strategy
@@ -107,6 +107,26 @@ def _required(policy: Policy, one: Strategy, component: Component) -> list[Optio
         if not refusal:
             found.append(option)
     return found
+
+
+def check_required(workload: Workload, policy: Policy) -> None:
+    """Refuse requirements that no candidate could meet.
+
+    Raises:
+        UnknownName: for a component that the pipeline does not have.
+        InvalidRequest: for a strategy that applies to none of the components.
+    """
+    names = [c.name for c in workload.components]
+    for option in policy.required:
+        one = strategy(option.strategy)
+        if option.component is not None and option.component not in names:
+            raise UnknownName("component", option.component, names)
+        reasons = {c.name: one.refusal(c, option.parameters) for c in workload.components}
+        if option.component is None and all(reasons.values()):
+            raise InvalidRequest(
+                f"{option.strategy} applies to no component of {workload.pipeline}: "
+                f"{next(iter(reasons.values()))}"
+            )
 
 
 class Pricing:

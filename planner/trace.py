@@ -780,7 +780,12 @@ def trace(
             del output
             workload = _workload(recorder, pipe, name, call, components)
             recorder.stack.clear()
-            wanted = variants(workload)
+            plain = replace(
+                workload,
+                kernels=tuple(recorder.kernels),
+                routines=tuple(recorder.routine_list),
+            )
+            wanted = variants(plain)
             replaced = {
                 variant_key(component, parts): _trace_variant(
                     recorder, twin, component, parts, apply_variant

@@ -1,0 +1,302 @@
+"""The public calls, and the road that each of them takes.
+
+pipe, call ──trace──▶ Workload ┐
+hardware ──probe──▶ Machine    ├─▶ options ─▶ predictions ─▶ search ─▶ Plan ─▶ apply
+budget, quality ──▶ Policy     ┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipefit.cost_models.machine import Gpu, Machine
+from pipefit.cost_models.units import parse_bytes
+from pipefit.errors import InvalidRequest, PlanMismatch
+from pipefit.planner.decide import decide
+from pipefit.planner.options import Pricing, check_required, plan_options
+from pipefit.planner.plan import Plan, PredictedCall
+from pipefit.planner.policy import (
+    BudgetRequest,
+    Policy,
+    budget_notes,
+    check_strategy_name,
+    parse_budget,
+    parse_quality,
+    parse_strategy_spec,
+)
+from pipefit.planner.probe import cpu_machine, probe
+from pipefit.planner.workloads import Progress, observe
+from pipefit.strategies import BUILT_IN
+from pipefit.strategies.strategy import Option, Quality
+
+if TYPE_CHECKING:
+    from pipefit.planner.apply import Applied
+
+Strategies = Sequence[str | Option]
+"""Options, or their text as on the command line: ``"vae_tiling:tile_px=512@vae"``."""
+
+
+def auto_optimize(
+    pipe: Any,
+    vram_budget: BudgetRequest = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    quality: str | Quality = Quality.HIGH,
+    device: str | int | None = None,
+    dry_run: bool = False,
+    with_: Strategies = (),
+    without: Sequence[str] = (),
+    ram: str | int | float | None = None,
+    progress: Progress | None = None,
+) -> Applied | Plan:
+    """Plan *pipe* for *vram_budget* and put the plan in force.
+
+    Args:
+        pipe: a loaded diffusers pipeline, its weights on the CPU or on a GPU.
+        vram_budget: bound on the process's memory on the GPU: ``"8GB"``, ``"7.5GiB"``, ``"80%"``,
+            bytes, or a dict by device index. None: what is free now.
+        call: the arguments that ``pipe(...)`` will be called with; missing ones take its defaults.
+        quality: the lowest level that the plan may go to: exact, high, balanced or low.
+        device: the GPU, as torch names it; None: the first. ``"cpu"`` lets the CPU stand for it.
+        dry_run: return the :class:`Plan` and touch nothing.
+        with_, without: strategies that the plan must or must not use.
+        ram: bound on host RAM.
+        progress: called with one line of text before anything that takes long.
+
+    Returns:
+        What is in force, with ``plan`` and ``undo()``; usable as a context manager.
+
+    Raises:
+        InvalidRequest: something asked for cannot be understood; nothing was changed.
+        UnsupportedPipeline: the pipeline cannot be planned for.
+        NoPlanFits: nothing keeps the budget; carries the smallest budget that works.
+        ApplyFailed: applying failed and was undone.
+    """
+    machine, index = _machine_of(device)
+    made = plan(
+        pipe,
+        _on_device(vram_budget, machine, index),
+        call=call,
+        machine=machine,
+        quality=quality,
+        ram=ram,
+        with_=with_,
+        without=without,
+        progress=progress,
+    )
+    return made if dry_run else apply(pipe, made)
+
+
+def plan(
+    pipe_or_name: Any,
+    vram_budget: BudgetRequest = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    machine: Machine | None = None,
+    quality: str | Quality = Quality.HIGH,
+    dtype: Mapping[str, str] | str | None = None,
+    ram: str | int | float | None = None,
+    with_: Strategies = (),
+    without: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """Return the best plan for a pipeline, catalogue name or folder; nothing is moved.
+
+    *machine* is this one unless given (:func:`pipefit.planner.catalog.reference_machine` makes
+    others). *dtype* is the load dtype of a name or folder, of all components or by component.
+
+    Raises:
+        As :func:`auto_optimize`, but for ApplyFailed.
+    """
+    machine = probe() if machine is None else machine
+    policy = _policy(vram_budget, machine, quality, ram, with_, without)
+    device = min(policy.budget_bytes)
+    gpu = next(g for g in machine.gpus if g.index == device)
+
+    def pricings(at: Policy) -> list[Pricing]:
+        seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
+        check_required(seen[0].workload, at)
+        return [Pricing(s.workload, gpu, load_options=s.load_options) for s in seen]
+
+    return decide(
+        pricings(policy),
+        policy=policy,
+        machine=machine,
+        device=device,
+        lower=[
+            (level, pricings(replace(policy, quality=level)))
+            for level in _lower_levels(policy.quality)
+        ],
+        extra_ram_bytes=_weights_in_ram_bytes(pipe_or_name),
+    )
+
+
+def predict(
+    pipe_or_name: Any,
+    strategies: Strategies = (),
+    *,
+    call: Mapping[str, Any] | None = None,
+    machine: Machine | None = None,
+    dtype: Mapping[str, str] | str | None = None,
+    progress: Progress | None = None,
+) -> PredictedCall:
+    """Return what exactly *strategies* need; with none, everything is resident.
+
+    Raises:
+        InvalidRequest: if a strategy is refused where it was asked for, or two contradict each other.
+    """
+    machine = probe() if machine is None else machine
+    if not machine.gpus:
+        raise InvalidRequest(
+            "A prediction needs a GPU, and none was found: name one of the catalogue, like rtx-4060."
+        )
+    gpu = machine.gpus[0]
+    policy = Policy(
+        budget_bytes={gpu.index: gpu.total_bytes},
+        quality=Quality.LOW,
+        required=_options(strategies),
+        # Nothing is chosen here: what is not asked for is not traced either.
+        forbidden=tuple(
+            s.name for s in BUILT_IN if s.name not in {o.strategy for o in _options(strategies)}
+        ),
+    )
+    seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
+    check_required(seen.workload, policy)
+    pricing = Pricing(seen.workload, gpu, load_options=seen.load_options)
+    picks = pricing.exactly(policy.required)
+    prediction = pricing.prediction(picks, pricing.replay(picks))
+    return PredictedCall(
+        **{name: getattr(prediction, name) for name in prediction.__dataclass_fields__},
+        pipeline=seen.workload.pipeline,
+        call=seen.workload.call,
+        machine=machine,
+        options=plan_options(pricing, picks),
+    )
+
+
+def apply(pipe: Any, plan: Plan) -> Applied:
+    """Put a plan in force on *pipe*, which must be the pipeline that it was made for.
+
+    Raises:
+        PlanMismatch: if it is another one.
+        ApplyFailed: if it failed half-way; it was undone.
+    """
+    import torch
+
+    from pipefit.planner.apply import apply_options, check_pipeline
+    from pipefit.planner.trace import describe_component, fingerprint
+
+    check_pipeline(pipe)
+    components = [
+        describe_component(name, part, {})
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    ]
+    found = fingerprint(type(pipe).__name__, components)
+    if found != plan.fingerprint:
+        raise PlanMismatch(
+            f"The plan was made for a pipeline with fingerprint {plan.fingerprint}, but this "
+            f"{type(pipe).__name__} has {found}: plan again for this pipeline."
+        )
+    gpu = next(g for g in plan.machine.gpus if g.index == min(plan.policy.budget_bytes))
+    return apply_options(pipe, plan.options, _torch_device(gpu), plan=plan)
+
+
+def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
+    """Return the machine to plan for and the index of the GPU asked for; None: the first."""
+    if device is None:
+        return probe(), None
+    if device == "cpu":
+        return cpu_machine(), 0
+    machine = probe()
+    kind, _, index = str(device).rpartition(":")
+    if not index.isdigit() or kind not in ("", "cuda", "xpu", "mps"):
+        raise InvalidRequest(
+            f"The device {device!r} was not understood: write an index, \"cuda:0\" or \"cpu\"."
+        )
+    if int(index) not in {gpu.index for gpu in machine.gpus}:
+        there = ", ".join(str(gpu.index) for gpu in machine.gpus) or "none"
+        raise InvalidRequest(f"The device {device!r} is not there: the GPUs found are {there}.")
+    return machine, int(index)
+
+
+def _on_device(budget: BudgetRequest, machine: Machine, index: int | None) -> BudgetRequest:
+    """Return *budget* for one GPU only, unless it names GPUs itself."""
+    if index is None or isinstance(budget, Mapping) or not machine.gpus:
+        return budget
+    if budget is None:
+        budget = next(gpu.free_bytes for gpu in machine.gpus if gpu.index == index)
+    return {index: budget} if isinstance(budget, (str, int, float)) else budget
+
+
+def _torch_device(gpu: Gpu) -> str:
+    """Return how torch names *gpu*."""
+    kinds = {"cpu": "cpu", "apple": "mps"}
+    if gpu.architecture in kinds:
+        return kinds[gpu.architecture]
+    return f"{'xpu' if gpu.architecture.startswith('xe') else 'cuda'}:{gpu.index}"
+
+
+def _options(strategies: Strategies) -> tuple[Option, ...]:
+    """Return *strategies* as options.
+
+    Raises:
+        UnknownName: for a strategy that does not exist.
+    """
+    names = [s.name for s in BUILT_IN]
+    found: list[Option] = []
+    for one in [strategies] if isinstance(strategies, str) else strategies:
+        if isinstance(one, Option):
+            check_strategy_name(one.strategy, names)
+            found.append(one)
+        else:
+            found += parse_strategy_spec(one, strategies=names)
+    return tuple(found)
+
+
+def _policy(
+    budget: BudgetRequest,
+    machine: Machine,
+    quality: str | Quality,
+    ram: str | int | float | None,
+    with_: Strategies,
+    without: Sequence[str],
+) -> Policy:
+    names = [s.name for s in BUILT_IN]
+    required, forbidden = _options(with_), tuple(check_strategy_name(n, names) for n in without)
+    both = {o.strategy for o in required} & set(forbidden)
+    if both:
+        raise InvalidRequest(
+            f"{', '.join(sorted(both))} is both required and forbidden: drop one of the two."
+        )
+    return Policy(
+        budget_bytes=parse_budget(budget, machine),
+        ram_bytes=None if ram is None else parse_bytes(ram, total_bytes=machine.host.total_bytes),
+        quality=parse_quality(quality),
+        required=required,
+        forbidden=forbidden,
+        notes=budget_notes(budget, machine),
+    )
+
+
+def _lower_levels(quality: Quality) -> list[Quality]:
+    """Return the lower levels at which some strategy becomes available."""
+    reached = {s.quality.rank for s in BUILT_IN}
+    return [level for level in Quality if level.rank > quality.rank and level.rank in reached]
+
+
+def _weights_in_ram_bytes(subject: Any) -> int:
+    """Return the RAM that a live pipeline's weights hold already."""
+    if isinstance(subject, (str, Path)):
+        return 0
+    from pipefit.strategies.live import module_components
+
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for module in module_components(subject).values()
+        for tensor in module.parameters()
+        if tensor.device.type == "cpu"
+    )

@@ -1,0 +1,329 @@
+"""From priced candidates to a plan: search, check by replay, explain.
+
+The search adds up per-component figures; the plan states what the replay of the whole call says. So
+the search's answer is replayed before it is accepted, and where the budget would be broken the search
+is asked again with as much less. A plan that leaves here keeps its budget by the replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipefit.cost_models.machine import Machine
+from pipefit.cost_models.memory import PhaseMemory
+from pipefit.cost_models.units import GIB, format_bytes, format_seconds
+from pipefit.errors import NoPlanFits
+from pipefit.planner.options import MIXED, Pick, Pricing, plan_options, quality_of
+from pipefit.planner.plan import Alternative, Plan
+from pipefit.planner.policy import Policy
+from pipefit.planner.search import (
+    Candidate,
+    Limits,
+    Problem,
+    Selection,
+    alternatives,
+    search,
+    smallest_budget,
+)
+from pipefit.strategies import strategy
+from pipefit.strategies.strategy import Option, Quality
+
+MAX_REPLAYS = 12
+"""How often the search is asked again before the smallest selection is taken instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """A selection with its replay."""
+
+    pricing: Pricing
+    problem: Problem
+    selection: Selection
+    picks: Mapping[str, Pick | None]
+    peaks: tuple[PhaseMemory, ...]
+
+    @property
+    def process_bytes(self) -> int:
+        """The largest phase, as a budget counts it."""
+        return max(peak.process_bytes for peak in self.peaks)
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What would be applied."""
+        return plan_options(self.pricing, self.picks)
+
+
+class Candidates:
+    """All problems of one request, searched together."""
+
+    def __init__(self, pricings: Sequence[Pricing], policy: Policy) -> None:
+        self._of: dict[str, tuple[Pricing, Problem]] = {}
+        for pricing in pricings:
+            cast = f" after {pricing.load_options[0].strategy}" if pricing.load_options else ""
+            for problem in pricing.problems(policy):
+                named = replace(problem, name=f"{problem.name}{cast}")
+                self._of[named.name] = (pricing, named)
+        self.problems = [problem for _, problem in self._of.values()]
+        self._replayed: dict[tuple[str, ...], Configuration] = {}
+
+    def configure(self, selection: Selection) -> Configuration:
+        """Replay *selection*; remembered."""
+        key = (selection.problem, *(f"{n}={c.key}" for n, c in sorted(selection.choices.items())))
+        if key not in self._replayed:
+            pricing, problem = self._of[selection.problem]
+            picks = pricing.picks(selection)
+            self._replayed[key] = Configuration(
+                pricing=pricing,
+                problem=problem,
+                selection=selection,
+                picks=picks,
+                peaks=pricing.replay(picks),
+            )
+        return self._replayed[key]
+
+    def best(self, limits: Limits) -> Configuration | None:
+        """Return the best configuration whose replay keeps the budget; None if there is none."""
+        assert limits.budget_bytes is not None
+        net_bytes = limits.budget_bytes
+        for _ in range(MAX_REPLAYS):
+            selection = search(self.problems, replace(limits, budget_bytes=net_bytes))
+            if selection is None:
+                break
+            found = self.configure(selection)
+            over_bytes = found.process_bytes - limits.budget_bytes
+            if over_bytes <= 0:
+                return found
+            net_bytes = min(net_bytes, selection.peak_bytes) - over_bytes
+        smallest = self.smallest(limits)
+        if smallest is not None and smallest.process_bytes <= limits.budget_bytes:
+            return smallest
+        return None
+
+    def smallest(self, limits: Limits) -> Configuration | None:
+        """Return the configuration with the least peak; None if host memory rules out all."""
+        least = smallest_budget(self.problems, limits) if self.problems else None
+        if least is None:
+            return None
+        selection = search(self.problems, replace(limits, budget_bytes=least))
+        return None if selection is None else self.configure(selection)
+
+
+def decide(
+    pricings: Sequence[Pricing],
+    *,
+    policy: Policy,
+    machine: Machine,
+    device: int,
+    lower: Sequence[tuple[Quality, Sequence[Pricing]]] = (),
+    extra_ram_bytes: int = 0,
+) -> Plan:
+    """Return the best plan for *device*.
+
+    *lower* are the next qualities with their own pricings: what they would gain, or what they could
+    still do, is said. *extra_ram_bytes* is RAM that the pipeline's weights hold already.
+
+    Raises:
+        NoPlanFits: with the smallest budget that works at this quality and at the next.
+    """
+    candidates = Candidates(pricings, policy)
+    limits = limits_of(policy, machine, device, extra_ram_bytes)
+    best = candidates.best(limits) if candidates.problems else None
+    if best is None:
+        raise _nothing_fits(candidates, policy, limits, lower)
+    prediction = best.pricing.prediction(best.picks, best.peaks)
+    workload = best.pricing.workload
+    options = tuple(
+        replace(option, reason=_reason(option, best)) for option in best.options
+    )
+    return Plan(
+        pipeline=workload.pipeline,
+        call=workload.call,
+        machine=machine,
+        policy=policy,
+        options=options,
+        prediction=replace(prediction, assumptions=(*policy.notes, *prediction.assumptions)),
+        quality=quality_of(options),
+        next_quality=_next_gain(best, limits, policy, lower),
+        alternatives=_rejected(candidates, limits, best),
+        fingerprint=workload.fingerprint,
+        versions=workload.versions,
+    )
+
+
+def limits_of(policy: Policy, machine: Machine, device: int, extra_ram_bytes: int) -> Limits:
+    """Return what a selection may use on *device*."""
+    host = machine.host
+    ram_bytes = host.available_bytes + extra_ram_bytes
+    if policy.ram_bytes is not None:
+        ram_bytes = min(policy.ram_bytes, host.total_bytes)
+    return Limits(
+        budget_bytes=policy.budget_bytes[device],
+        ram_bytes=ram_bytes,
+        pinnable_bytes=min(host.pinnable_bytes, ram_bytes),
+    )
+
+
+# -- what did not fit, or lost
+
+
+def _nothing_fits(
+    candidates: Candidates,
+    policy: Policy,
+    limits: Limits,
+    lower: Sequence[tuple[Quality, Sequence[Pricing]]],
+) -> NoPlanFits:
+    assert limits.budget_bytes is not None
+    smallest: dict[str, int] = {}
+    levels = [(policy.quality, candidates)]
+    levels += [(q, Candidates(p, replace(policy, quality=q))) for q, p in lower]
+    for quality, level in levels:
+        found = level.smallest(limits) if level.problems else None
+        if found is not None:
+            smallest[quality.value] = found.process_bytes
+    asked = f"No plan keeps {format_bytes(limits.budget_bytes)}"
+    if not smallest:
+        if not candidates.problems:
+            return NoPlanFits(
+                f"{asked}: what is required and forbidden leaves no way to place the pipeline; "
+                "drop one of the two.",
+                budget_bytes=limits.budget_bytes,
+                smallest_budget_bytes={},
+            )
+        return NoPlanFits(
+            f"{asked} and the RAM limit of {format_bytes(limits.ram_bytes or 0)} together: the "
+            "weights that leave the GPU need more host RAM; raise the VRAM budget or add RAM.",
+            budget_bytes=limits.budget_bytes,
+            smallest_budget_bytes={},
+        )
+    works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
+    return NoPlanFits(
+        f"{asked}: the smallest budget that works is {works}; raise the budget or lower the "
+        "resolution, frames or batch.",
+        budget_bytes=limits.budget_bytes,
+        smallest_budget_bytes=smallest,
+    )
+
+
+def _rounded_up(num_bytes: int) -> str:
+    """Show a budget so that what is shown suffices."""
+    return format_bytes(math.ceil(num_bytes / GIB * 100) / 100 * GIB)
+
+
+def _rejected(
+    candidates: Candidates, limits: Limits, best: Configuration
+) -> tuple[Alternative, ...]:
+    """Return the three best that lost; the reasons are those of their own replay."""
+    assert limits.budget_bytes is not None
+    found = []
+    for lost in alternatives(candidates.problems, limits, best.selection):
+        other = candidates.configure(lost.selection)
+        over_bytes = other.process_bytes - limits.budget_bytes
+        reason = lost.reason
+        if over_bytes > 0 and _host_allows(lost.selection, limits):
+            phase = max(
+                zip(other.pricing.workload.phases, other.peaks, strict=True),
+                key=lambda pair: pair[1].process_bytes,
+            )[0]
+            reason = f"{format_bytes(over_bytes)} over the budget in {phase.name}"
+        found.append(
+            Alternative(
+                options=other.options,
+                process_bytes=other.process_bytes,
+                call_s=other.selection.call_s,
+                rejected_because=reason,
+            )
+        )
+    return tuple(found)
+
+
+def _host_allows(selection: Selection, limits: Limits) -> bool:
+    ram, pinnable = limits.ram_bytes, limits.pinnable_bytes
+    return (ram is None or selection.host_bytes <= ram) and (
+        pinnable is None or selection.pinned_bytes <= pinnable
+    )
+
+
+def _next_gain(
+    best: Configuration,
+    limits: Limits,
+    policy: Policy,
+    lower: Sequence[tuple[Quality, Sequence[Pricing]]],
+) -> str:
+    for quality, pricings in lower[:1]:
+        other = Candidates(pricings, replace(policy, quality=quality)).best(limits)
+        if other is None:
+            continue
+        gain_s = best.selection.call_s - other.selection.call_s
+        if gain_s > 0:
+            share = gain_s / best.selection.call_s
+            return f"Quality {quality.value} would save {format_seconds(gain_s)} a call ({share:.0%})."
+    return ""
+
+
+# -- why
+
+
+def _reason(option: Option, best: Configuration) -> str:
+    """Say what *option* buys, against the same configuration without it."""
+    kind = strategy(option.strategy).kind
+    if kind == "load":
+        return f"Halves what {option.component} weighs and moves."
+    if kind == "pipeline_placement":
+        return (
+            "Components take turns; whatever the GPU holds at once fits: "
+            f"{format_bytes(max(p.weight_bytes for p in best.peaks))} of weights at the most."
+        )
+    chosen = best.selection.choices[str(option.component)]
+    group = best.problem.components[str(option.component)]
+    without = _without(option, chosen, group, kind)
+    if without is None:
+        return "It fits, and nothing is gained by moving it."
+    saved = [b - a for a, b in zip(chosen.phase_bytes, without.phase_bytes, strict=True)]
+    place = max(range(len(saved)), key=lambda i: abs(saved[i]))
+    saved_bytes, gained_s = saved[place], without.call_s - chosen.call_s
+    phase = best.problem.phases[place]
+    if option.strategy == "resident":
+        return (
+            f"Offloading it would free {format_bytes(-saved_bytes)} in {phase} and cost "
+            f"{format_seconds(gained_s)} a call."
+        )
+    parts = []
+    if saved_bytes:
+        verb = "Frees" if saved_bytes > 0 else "Takes"
+        parts.append(f"{verb} {format_bytes(abs(saved_bytes))} in {phase}")
+    if abs(gained_s) >= 5e-4:
+        verb = "saves" if gained_s > 0 else "costs"
+        parts.append(f"{verb} {format_seconds(abs(gained_s))} a call")
+    return (" and ".join(parts) or "Makes no difference here") + "."
+
+
+def _without(
+    option: Option, chosen: Candidate, group: Sequence[Candidate], kind: str
+) -> Candidate | None:
+    """Return the candidate that differs from *chosen* in *option* alone."""
+    own = _parts(chosen)
+    if kind == "compute":
+        wanted = {k: v for k, v in own.items() if k != option.strategy}
+        return next((c for c in group if _parts(c) == wanted), None)
+    computing = {k: v for k, v in own.items() if strategy(k).kind == "compute"}
+    others = [
+        c
+        for c in group
+        if c is not chosen
+        and {k: v for k, v in _parts(c).items() if strategy(k).kind == "compute"} == computing
+    ]
+    if option.strategy == "resident":
+        return min(others, key=lambda c: (c.call_s, max(c.phase_bytes)), default=None)
+    return next((c for c in others if "resident" in _parts(c)), None)
+
+
+def _parts(candidate: Candidate) -> dict[str, str]:
+    pick = candidate.payload
+    if pick is None:
+        return {}
+    return {o.strategy: repr(sorted(o.parameters.items())) for o in pick.options}
+
+
+__all__ = ["MIXED", "Candidates", "Configuration", "decide", "limits_of"]

@@ -1,0 +1,253 @@
+"""From what the user has (a pipeline, a name, a folder) and a call to traced workloads.
+
+Nothing here imports torch until something has to be traced: a plan for a catalogue pipeline whose
+trace is in the cache is made without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.serial import to_json
+from pipefit.cost_models.workload import Workload
+from pipefit.errors import InvalidRequest, UnknownName
+from pipefit.planner.catalog import pipeline_entry
+from pipefit.planner.options import Parts, compute_variants
+from pipefit.planner.policy import Policy
+from pipefit.planner.trace_cache import cached_trace
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.strategy import Option
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """A workload, and the options that turned the user's pipeline into it (a cast)."""
+
+    workload: Workload
+    load_options: tuple[Option, ...] = ()
+
+
+def observe(
+    subject: Any,
+    call: Mapping[str, Any] | None,
+    *,
+    gpu: Gpu,
+    policy: Policy,
+    dtype: Mapping[str, str] | str | None = None,
+    progress: Progress | None = None,
+) -> list[Observed]:
+    """Return the workloads to plan with: as the pipeline is, and cast to 16 bits where that is open.
+
+    *subject* is a live pipeline, a catalogue name or a folder with ``model_index.json``.
+
+    Raises:
+        UnknownName: for a name that is none of these, or an argument that the call does not take.
+        TraceError: if the pipeline's own call fails.
+    """
+    say = progress or (lambda text: None)
+    source = _source(subject, dtype)
+    plain = _trace(source, call or {}, gpu, policy, (), say)
+    casts = _casts(plain, gpu, policy)
+    required = any(option.strategy == "precision" for option in policy.required)
+    found = [] if required and casts else [Observed(workload=plain)]
+    if casts:
+        cast = _trace(source, call or {}, gpu, policy, casts, say)
+        # A plan belongs to the pipeline as the user has it, before the cast.
+        cast = replace(cast, fingerprint=plain.fingerprint)
+        found.append(Observed(workload=cast, load_options=casts))
+    return found
+
+
+def _casts(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+    """Return the casts that are open: what is asked for, else those that the quality allows."""
+    precision = strategy("precision")
+    asked = [option for option in policy.required if option.strategy == precision.name]
+    if asked:
+        named = {c.name: c for c in workload.components}
+        found = []
+        for option in asked:
+            for name in [option.component] if option.component else list(named):
+                refusal = precision.refusal(named[name], option.parameters)
+                if refusal and option.component:
+                    raise InvalidRequest(f"precision on {name} is not possible: {refusal}")
+                if not refusal and named[name].traits.get("dtype") not in (
+                    None,
+                    option.parameters.get("dtype"),
+                ):
+                    found.append(replace(option, component=name))
+        return tuple(found)
+    if precision.name in policy.forbidden or policy.quality.rank < precision.quality.rank:
+        return ()
+    return tuple(
+        Option(strategy=precision.name, component=component.name, parameters=parameters)
+        for component in workload.components
+        for parameters in list(precision.options(component, workload, gpu))[:1]
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a pipeline comes from: how to recognise it again, and how to get it."""
+
+    name: str
+    key: Mapping[str, Any]
+    get: Callable[[], tuple[Any, Mapping[str, Any] | None]]
+    """Returns the pipeline and its catalogue entry."""
+    is_ours: bool
+    """pipefit built it, so that tracing may convert it in place."""
+
+
+def _source(subject: Any, dtype: Mapping[str, str] | str | None) -> _Source:
+    if isinstance(subject, (str, Path)):
+        return _named(subject, dtype)
+    return _live(subject)
+
+
+def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> _Source:
+    def get() -> tuple[Any, Mapping[str, Any] | None]:
+        from pipefit.planner.build import build_pipeline
+
+        pipe, info = build_pipeline(subject, dtype=dtype)
+        return pipe, info.entry
+
+    folder = Path(subject)
+    if folder.is_dir():
+        content = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.json"))
+        }
+        return _Source(folder.name, {"folder": content, "dtype": dtype}, get, True)
+    try:
+        entry = pipeline_entry(str(subject))
+    except UnknownName:
+        get()  # says what it is instead: a missing folder, a hub id, a misspelt name
+        raise
+    return _Source(entry["name"], {"entry": entry, "dtype": dtype}, get, True)
+
+
+def _live(pipe: Any) -> _Source:
+    from pipefit.planner.apply import check_pipeline
+
+    check_pipeline(pipe)
+    key = {"live": type(pipe).__name__, "state": state_digest(pipe)}
+    return _Source(type(pipe).__name__, key, lambda: (pipe, None), False)
+
+
+def state_digest(pipe: Any) -> str:
+    """Return a hash of everything about a live pipeline that its trace depends on.
+
+    Classes, tensor geometry, and plain attributes of every module: flags such as ``use_tiling``,
+    processors, configurations. Not the weights' values.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+
+    def add(*values: Any) -> None:
+        digest.update(repr(values).encode())
+
+    def plain(value: Any, depth: int = 0) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+            return value
+        if depth < 3 and isinstance(value, (list, tuple, set, frozenset)):
+            return [plain(v, depth + 1) for v in value]
+        if depth < 3 and isinstance(value, Mapping):
+            return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+        return f"{type(value).__module__}.{type(value).__qualname__}"
+
+    for name, part in sorted(pipe.components.items()):
+        add(name, type(part).__name__, plain(dict(getattr(part, "config", None) or {})
+                                             if isinstance(getattr(part, "config", None), Mapping)
+                                             else None))  # fmt: skip
+        if isinstance(part, torch.nn.Module):
+            for path, module in part.named_modules():
+                own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+                add(path, type(module).__name__, plain(own))
+            for path, tensor in (*part.named_parameters(), *part.named_buffers()):
+                add(path, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        elif hasattr(part, "model_max_length"):
+            add(part.model_max_length)
+    return digest.hexdigest()
+
+
+def _trace(
+    source: _Source,
+    call: Mapping[str, Any],
+    gpu: Gpu,
+    policy: Policy,
+    casts: Sequence[Option],
+    say: Progress,
+) -> Workload:
+    """Return the workload, from the cache where it is there."""
+    def make() -> Workload:
+        from pipefit.planner.call import default_inputs, resolve_call_defaults
+        from pipefit.planner.trace import GPU, trace
+
+        say(f"tracing {source.name}{' in 16 bits' if casts else ''} …")
+        pipe, entry = source.get()
+        arguments = default_inputs(pipe, entry, call)
+        shown = resolve_call_defaults(pipe, arguments)
+
+        def cast(twin: Any) -> None:
+            for option in casts:
+                strategy(option.strategy).apply(twin, option.component, option.parameters, GPU)
+
+        workload = trace(
+            pipe,
+            arguments,
+            name=source.name,
+            traits=traits_of,
+            variants=lambda traced: compute_variants(
+                replace(traced, call={**traced.call, **shown}), gpu, policy
+            ),
+            apply_variant=_apply_parts,
+            prepare=cast,
+            compute_capability=gpu.compute_capability or (8, 9),
+            in_place=source.is_ours,
+        )
+        return replace(workload, call={**shown, **{k: workload.call[k] for k in call if k in workload.call}})
+
+    key = {
+        **source.key,
+        "call": {k: _described(v) for k, v in call.items()},
+        "casts": to_json(tuple(casts)),
+        "compute_capability": gpu.compute_capability,
+        "architecture": gpu.architecture,
+        "quality": policy.quality.value,
+        "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
+        "forbidden": sorted(policy.forbidden),
+    }
+    return cached_trace(json.loads(json.dumps(key, default=str)), make)
+
+
+def _described(value: Any) -> Any:
+    """Return a call argument as the cache tells it from others: sizes for pictures and tensors."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_described(v) for v in value]
+    for attribute in ("shape", "size"):
+        size = getattr(value, attribute, None)
+        if isinstance(size, tuple):
+            kind = getattr(value, "dtype", getattr(value, "mode", ""))
+            return [type(value).__name__, list(size), str(kind)]
+    return type(value).__name__
+
+
+def _apply_parts(pipe: Any, component: str, parts: Parts) -> Callable[[], None]:
+    """Put compute strategies in force on the weightless twin; return how to take them back."""
+    from pipefit.planner.trace import GPU
+
+    with ExitStack() as undo:
+        for name, parameters in parts.items():
+            undo.callback(strategy(name).apply(pipe, component, parameters, GPU))
+        return undo.pop_all().close
