@@ -1,0 +1,81 @@
+"""Reports against golden files; PIPEFIT_UPDATE_GOLDEN=1 rewrites them, to be read in the diff."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.planner.hand_built import MACHINE, PLAN, PREDICTED
+
+from pipefit.cost_models.units import GIB
+from pipefit.planner.report import (
+    REPORT_WIDTH,
+    catalogue_report,
+    machine_report,
+    plan_report,
+    prediction_report,
+    to_text,
+)
+from pipefit.strategies.strategy import Option
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CATALOGUE = {
+    "pipelines": [
+        {"name": "flux.1-dev", "pipeline_class": "FluxPipeline", "task": "text-to-image"}
+    ],
+    "gpus": [{"name": "rtx-4060", "architecture": "ada", "total_bytes": 8 * GIB}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("plan", plan_report(PLAN)),
+        ("prediction", prediction_report(PREDICTED)),
+        ("machine", machine_report(MACHINE)),
+        ("catalogue", catalogue_report(CATALOGUE)),
+    ],
+)
+def test_a_report_looks_as_it_did(name, report) -> None:
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("PIPEFIT_UPDATE_GOLDEN"):
+        file.write_text(to_text(report), encoding="utf-8")
+    assert to_text(report) == file.read_text(encoding="utf-8")
+
+
+def test_a_plan_fits_one_screen() -> None:
+    lines = to_text(plan_report(PLAN)).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= REPORT_WIDTH
+
+
+def test_a_plan_over_its_budget_says_so() -> None:
+    tight = replace(PLAN, policy=replace(PLAN.policy, budget_bytes={0: 6 * GIB}))
+    assert "DOES NOT FIT: GPU 0 peaks at 6.70 GiB in denoise" in to_text(plan_report(tight))
+
+
+def test_an_alternative_shows_only_what_it_does_differently() -> None:
+    other = replace(
+        PLAN.alternatives[0],
+        options=(*PLAN.options[:-1], Option(strategy="vae_slicing", component="vae")),
+    )
+    text = to_text(plan_report(replace(PLAN, alternatives=(other,))))
+    rejected = text[text.index("rejected") :]
+    assert "vae_slicing @vae" in rejected
+    assert "group_offload" not in rejected
+
+
+def test_a_machine_without_a_gpu_is_said_plainly() -> None:
+    assert to_text(machine_report(replace(MACHINE, gpus=()))).startswith("No GPU was found.")
+
+
+def test_a_console_that_cannot_show_blocks_gets_ascii() -> None:
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=REPORT_WIDTH)
+    console.print(plan_report(replace(PLAN, prediction=replace(PLAN.prediction, assumptions=()))))
+    console.file.flush()
+    assert b"#############." in raw.getvalue()
