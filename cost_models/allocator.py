@@ -93,7 +93,11 @@ class CachingAllocator:
     """
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
-        """Start empty; *capacity_bytes* bounds what can be reserved (None: no bound)."""
+        """Start empty.
+
+        Before more than *capacity_bytes* would be reserved, all cached segments are given back.
+        What still does not fit is reserved above it; there, torch raises ``OutOfMemoryError``.
+        """
         self.capacity_bytes = capacity_bytes
         self.allocated_bytes = 0
         self.requested_bytes = 0
@@ -105,11 +109,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, num_bytes: int, stream: int = 0) -> Block:
-        """Return a block of at least *num_bytes* from the pool of *stream*.
-
-        Raises:
-            MemoryError: if the capacity is exceeded even after all cached segments are given back.
-        """
+        """Return a block of at least *num_bytes* from the pool of *stream*."""
         needed = -(-num_bytes // BLOCK_STEP_BYTES) * BLOCK_STEP_BYTES
         is_small = needed <= SMALL_REQUEST_BYTES
         pool = self._pools.get((stream, is_small))
@@ -189,14 +189,9 @@ class CachingAllocator:
             segment_bytes = LARGE_SEGMENT_BYTES
         else:
             segment_bytes = -(-needed // LARGE_SEGMENT_STEP_BYTES) * LARGE_SEGMENT_STEP_BYTES
-        if self.capacity_bytes is not None:
-            if self.reserved_bytes + segment_bytes > self.capacity_bytes:
-                self.empty_cache()
-            if self.reserved_bytes + segment_bytes > self.capacity_bytes:
-                raise MemoryError(
-                    f"A segment of {segment_bytes} bytes was needed, but {self.reserved_bytes} of "
-                    f"{self.capacity_bytes} bytes are reserved and in use."
-                )
+        capacity_bytes = self.capacity_bytes
+        if capacity_bytes is not None and self.reserved_bytes + segment_bytes > capacity_bytes:
+            self.empty_cache()
         self.reserved_bytes += segment_bytes
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes

@@ -261,16 +261,28 @@ class MemoryModel:
 
 
 def simulate(
-    workload: Workload, choices: Mapping[str, Choice], gpu: Gpu
+    workload: Workload,
+    choices: Mapping[str, Choice],
+    gpu: Gpu,
+    *,
+    budget_bytes: int | None = None,
 ) -> tuple[PhaseMemory, ...]:
     """Replay the whole call and return the peak of each phase.
 
     *choices* names every component of the workload. Allocated and reserved peaks of a phase need
     not fall on the same moment; the parts are those of the allocated peak.
+
+    torch gives cached segments back before it runs out of memory. *budget_bytes* says where that
+    is: what the process is held to (``torch.cuda.set_per_process_memory_fraction``), slack and
+    context included; by default what other processes leave of the GPU. A phase whose
+    ``process_bytes`` are above it does not fit.
     """
-    run = Replay(workload, choices, gpu)
-    run.run()
     context = context_bytes(gpu)
+    if budget_bytes is None:
+        budget_bytes = gpu.total_bytes - gpu.other_bytes
+    capacity_bytes = int((budget_bytes - context) / (1 + SLACK_SHARE))
+    run = Replay(workload, choices, gpu, capacity_bytes=capacity_bytes)
+    run.run()
     return tuple(
         PhaseMemory(
             allocated_bytes=peak.allocated_bytes,

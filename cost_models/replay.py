@@ -78,10 +78,17 @@ class Replay:
     and the most that was reserved.
     """
 
-    def __init__(self, workload: Workload, choices: Mapping[str, Choice], gpu: Gpu) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        choices: Mapping[str, Choice],
+        gpu: Gpu,
+        *,
+        capacity_bytes: int | None = None,
+    ) -> None:
         self.workload = workload
         self.choices = choices
-        self.allocator = CachingAllocator()
+        self.allocator = CachingAllocator(capacity_bytes)
         self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
         self.peak_reserved_bytes = [0] * len(workload.phases)
         self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]
