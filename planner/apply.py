@@ -231,6 +231,6 @@ def _failure(option: Option, error: Exception, left: Sequence[str]) -> str:
 
 def _release_memory(device: torch.device) -> None:
     """Give the driver back what undoing freed, so that other programs see it."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()  # hooks and modules refer to each other
         torch.cuda.empty_cache()

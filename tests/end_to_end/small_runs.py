@@ -1,0 +1,56 @@
+"""Each small pipeline built once with the picture that it makes untouched, for all tests to share.
+
+Sharing is part of the test: whatever a test applies has to be undone without a trace.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tests.small_pipelines import SMALL_PIPELINES, picture
+
+from pipefit.planner.trace import describe_component
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.live import module_components
+from pipefit.strategies.strategy import Option
+
+
+@functools.cache
+def untouched(name: str) -> tuple[Any, torch.Tensor]:
+    """Return the pipeline *name* and its picture before anything was applied."""
+    torch.set_num_threads(1)  # ten times faster than several for tensors of this size
+    pipe = SMALL_PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, picture(pipe, name)
+
+
+def options_where_possible(
+    pipe: Any, name: str, parameters: Mapping[str, Any], *, otherwise: str | None = None
+) -> list[Option]:
+    """Return the strategy *name* on each component that takes it, *otherwise* on the rest."""
+    chosen, options = strategy(name), []
+    for component, module in module_components(pipe).items():
+        described = describe_component(component, module, traits_of(module))
+        if chosen.refusal(described, parameters) is None:
+            options.append(Option(strategy=name, component=component, parameters=parameters))
+        elif otherwise is not None:
+            options.append(Option(strategy=otherwise, component=component))
+    return options
+
+
+def block_level_options(pipe: Any) -> list[Option]:
+    """Return block-level offload with each component's own block modules, leaf level elsewhere."""
+    options = []
+    for component, module in module_components(pipe).items():
+        traits = traits_of(module)
+        parameters: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        if traits["block_modules"]:
+            parameters["block_modules"] = traits["block_modules"]
+        described = describe_component(component, module, traits)
+        if strategy("group_offload").refusal(described, parameters):
+            parameters = {"offload_type": "leaf_level"}
+        options.append(Option(strategy="group_offload", component=component, parameters=parameters))
+    return options

@@ -1,0 +1,169 @@
+"""Group offload: what is offered to which class, and that what is refused does fail."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+import transformers
+from tests.strategies.described import ADA, decoding, described
+
+from pipefit.cost_models import placement
+from pipefit.cost_models.machine import Gpu
+from pipefit.strategies import strategy
+
+GROUP = strategy("group_offload")
+CPU = Gpu(name="cpu", architecture="cpu", total_bytes=1 << 30, free_bytes=1 << 30)
+
+
+def on_meta(build: Any) -> Any:
+    with torch.device("meta"):
+        return build()
+
+
+def offered(module: Any, gpu: Gpu = ADA) -> list[tuple[str, bool]]:
+    component = described(module)
+    return [
+        (parameters["offload_type"], parameters.get("use_stream", False))
+        for parameters in GROUP.options(component, decoding(component), gpu)
+    ]
+
+
+def t5() -> Any:
+    config = transformers.T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config)
+
+
+def clip(cls: Any) -> Any:
+    config = transformers.CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    return cls(config)
+
+
+def test_a_denoiser_is_offered_leaves_and_blocks_with_and_without_a_stream() -> None:
+    flux = on_meta(lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1))
+    assert offered(flux) == [
+        ("leaf_level", False),
+        ("block_level", False),
+        ("leaf_level", True),
+        ("block_level", True),
+        ("leaf_level", True),
+        ("block_level", True),
+    ]
+
+
+def test_a_device_without_streams_is_offered_none() -> None:
+    flux = on_meta(lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1))
+    assert offered(flux, CPU) == [("leaf_level", False), ("block_level", False)]
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (diffusers.AutoencoderKL, [("leaf_level", False), ("block_level", False)]),
+        (diffusers.AutoencoderKLLTXVideo, [("leaf_level", False)]),
+        (diffusers.AutoencoderKLFlux2, []),
+        (diffusers.VQModel, []),
+    ],
+)
+def test_autoencoders_go_without_streams_and_some_classes_not_at_all(
+    build: Any, expected: list[tuple[str, bool]]
+) -> None:
+    assert offered(on_meta(build)) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"),
+    [
+        (t5, ["encoder"]),
+        (lambda: clip(transformers.CLIPTextModel), ["encoder"]),
+        (lambda: clip(transformers.CLIPTextModelWithProjection), ["text_model", "encoder"]),
+    ],
+)
+def test_text_encoders_name_the_way_to_their_blocks(build: Any, blocks: list[str]) -> None:
+    module = on_meta(build)
+    assert described(module).traits["block_modules"] == blocks
+    assert offered(module) == [
+        ("leaf_level", False),
+        ("block_level", False),
+        ("leaf_level", True),
+        ("leaf_level", True),
+    ]
+
+
+def test_block_modules_divide_a_text_encoder_into_its_blocks() -> None:
+    module = t5()
+    parameters = {
+        "offload_type": "block_level",
+        "num_blocks_per_group": 1,
+        "block_modules": ("encoder",),
+    }
+    undo = GROUP.apply(SimpleNamespace(text_encoder=module), "text_encoder", parameters, "cpu")
+    hooked = [path for path, part in module.named_modules() if hasattr(part, "_diffusers_hook")]
+    undo()
+    assert hooked == ["", "encoder", "encoder.block.0", "encoder.block.1"]
+    assert not any(hasattr(part, "_diffusers_hook") for part in module.modules())
+
+
+class Pooler(torch.nn.Module):
+    """A head that pools by torch's own attention module, as SigLIP's vision tower does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_a_projection_that_is_read_and_not_called_is_refused_and_would_fail() -> None:
+    component = described(Pooler())
+    for name, parameters in (
+        ("group_offload", {"offload_type": "leaf_level"}),
+        ("sequential_offload", {}),
+    ):
+        assert "MultiheadAttention" in str(strategy(name).refusal(component, parameters))
+    module = accelerate.cpu_offload(Pooler(), torch.device("cpu"))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        module(torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"offload_type": "leaf"}, "block_level or leaf_level"),
+        ({"offload_type": "block_level"}, "needs num_blocks_per_group"),
+        ({"num_blocks_per_group": 0}, "at least 1"),
+        ({"offload_type": "leaf_level", "record_stream": True}, "needs use_stream"),
+        ({"offload_type": "leaf_level", "use_stream": "yes"}, "true or false"),
+    ],
+)
+def test_parameters_that_the_library_would_reject_are_refused(
+    parameters: dict[str, Any], message: str
+) -> None:
+    flux = on_meta(lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1))
+    assert message in str(GROUP.refusal(described(flux), parameters))
+
+
+def test_the_placement_says_what_the_parameters_say() -> None:
+    parameters = {"offload_type": "leaf_level", "use_stream": True, "low_cpu_mem_usage": True}
+    assert GROUP.placement(parameters) == placement.GroupOffload(
+        offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True
+    )
+
+
+def test_a_stream_that_the_device_lacks_leaves_nothing_behind() -> None:
+    module = t5()
+    with pytest.raises(ValueError, match="implements streams"):
+        GROUP.apply(
+            SimpleNamespace(text_encoder=module),
+            "text_encoder",
+            {"offload_type": "leaf_level", "use_stream": True},
+            "cpu",
+        )
+    assert not any(hasattr(part, "_diffusers_hook") for part in module.modules())

@@ -1,0 +1,122 @@
+"""The private names of diffusers and accelerate that undoing relies on are where we look for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.hooks import group_offloading
+from diffusers.models import attention_dispatch
+from tests.small_pipelines import SMALL_PIPELINES
+
+from pipefit.errors import UnsupportedPipeline
+from pipefit.strategies.live import (
+    ACCELERATE_HOOK,
+    DIFFUSERS_HOOKS,
+    GROUP_OFFLOADING_HOOKS,
+    OFFLOAD_ATTRIBUTES,
+    attention_registry,
+    device_restorer,
+    hook_restorer,
+    hooks_of,
+    reads_flag,
+    remove_group_offloading,
+)
+
+VERSIONS = f"diffusers {diffusers.__version__}, accelerate {accelerate.__version__}"
+
+
+def test_group_offloading_registers_under_the_names_that_we_remove() -> None:
+    names = {
+        value
+        for key, value in vars(group_offloading).items()
+        if key in ("_GROUP_OFFLOADING", "_LAYER_EXECUTION_TRACKER")
+        or key == "_LAZY_PREFETCH_GROUP_OFFLOADING"
+    }
+    assert names == set(GROUP_OFFLOADING_HOOKS), VERSIONS
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    group_offloading.apply_group_offloading(module, "cpu", offload_type="leaf_level")
+    assert hasattr(module[0], DIFFUSERS_HOOKS), VERSIONS
+    assert hooks_of(module) == {"0": ("group_offloading",)}, VERSIONS
+
+
+def test_accelerate_keeps_its_hook_where_we_look() -> None:
+    module = add_hook_to_module(torch.nn.Linear(2, 2), AlignDevicesHook())
+    add_hook_to_module(module, AlignDevicesHook(), append=True)
+    assert hasattr(module, ACCELERATE_HOOK), VERSIONS
+    assert hooks_of(module) == {"": ("AlignDevicesHook", "AlignDevicesHook")}, VERSIONS
+
+
+def test_offloading_writes_the_attributes_that_we_restore() -> None:
+    pipe = SMALL_PIPELINES["pixart_sigma"]()
+    before = set(vars(pipe))
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert set(vars(pipe)) - before == set(OFFLOAD_ATTRIBUTES), VERSIONS
+
+
+def test_an_attention_registry_that_has_moved_is_named_with_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert attention_registry() is attention_dispatch._AttentionBackendRegistry, VERSIONS
+    monkeypatch.delattr(attention_dispatch, "_AttentionBackendRegistry")
+    with pytest.raises(UnsupportedPipeline, match=f"diffusers {diffusers.__version__} keeps"):
+        attention_registry()
+
+
+def test_removing_hooks_leaves_no_forward_on_the_instance() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    restore = hook_restorer(module)
+    group_offloading.apply_group_offloading(module, "cpu", offload_type="leaf_level")
+    remove_group_offloading(module)
+    assert "forward" in vars(module[0]), f"{VERSIONS}: the library restores forward itself now"
+    restore()
+    assert all("forward" not in vars(part) for part in module.modules())
+    assert not any(hasattr(part, DIFFUSERS_HOOKS) for part in module.modules())
+
+
+def test_a_forward_that_somebody_had_replaced_is_put_back() -> None:
+    module = torch.nn.Linear(2, 2)
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    module.forward = doubled  # type: ignore[method-assign]
+    restore = hook_restorer(module)
+    add_hook_to_module(module, AlignDevicesHook())
+    accelerate.hooks.remove_hook_from_module(module)
+    restore()
+    assert vars(module)["forward"] is doubled
+
+
+def test_tensors_return_to_their_own_devices_and_stay_the_same_objects() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, device="meta"))
+    parameters = list(module.parameters())
+    restore = device_restorer(module)
+    module.to("meta")
+    module[0].to_empty(device="meta")
+    restored = [one.device.type for one in module.parameters()]
+    assert set(restored) == {"meta"}
+    module[0].to_empty(device="cpu")
+    module[1].to_empty(device="cpu")
+    restore()
+    assert [one.device.type for one in module.parameters()] == ["cpu", "cpu", "meta", "meta"]
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+
+
+class Base:
+    def switch_on(self) -> None:
+        self.flag = True
+
+
+class Reader(Base):
+    def decode(self) -> Any:
+        return [1 for _ in range(2) if self.flag]
+
+
+def test_a_flag_is_read_where_a_method_looks_at_it() -> None:
+    assert not reads_flag(Base, "flag")
+    assert reads_flag(Reader, "flag")
