@@ -174,7 +174,8 @@ class CachingAllocator:
                     self.reserved_bytes -= entry[0]
                 else:
                     kept.append(entry)
-            pool.free = kept
+            # In place: an allocation that had to flush goes on with the same list.
+            pool.free[:] = kept
 
     def reset_peak(self) -> None:
         """Start the three peaks anew from what is held now."""
