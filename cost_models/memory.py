@@ -246,11 +246,12 @@ class MemoryModel:
         look_ahead: bool,
     ) -> Outcome:
         hooks = GroupHooks(groups)
-        # The first call records the order, the second prefetches by it, and from the third on a
-        # prefetched group may be there from the start.
-        num_calls = 3 if look_ahead and groups.recorders else 1
+        # The first call records the order, the second prefetches by it, and what it leaves behind
+        # is there when the third begins.
         held_bytes = left_bytes = 0
-        for _ in range(num_calls):
+        for number in range(3 if look_ahead and groups.recorders else 1):
+            if number == 2 and not left_bytes:
+                break
             held_bytes = left_bytes
             outcome = self.timeline.streamed_outcome(
                 routine, hooks, component, outside_bytes=outside, weight_ratio=ratio

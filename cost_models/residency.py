@@ -331,11 +331,11 @@ def _owner(tensor: TensorInfo) -> str:
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    yield ""
-    for i, character in enumerate(path):
-        if character == ".":
-            yield path[:i]
+    """Yield *path* and every module above it, the component itself last."""
     yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _children(component: Component) -> dict[str, list[str]]:
