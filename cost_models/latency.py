@@ -555,8 +555,9 @@ def _sequential_loads(groups: Groups, executions: Mapping[str, int], link: LinkR
     """Sequential offload: each tensor by itself, blocking, and dropped afterwards."""
     num_bytes, num_tensors = _loaded(groups.groups, executions)
     seconds = num_bytes / link.h2d_pageable_bytes_per_s
-    if math.isfinite(link.h2d_pageable_bytes_per_s):
-        seconds += num_tensors * SEQUENTIAL_TENSOR_S
+    # Where the CPU stands for a GPU nothing is copied and no cache is emptied; the hook still runs.
+    has_link = math.isfinite(link.h2d_pageable_bytes_per_s)
+    seconds += num_tensors * (SEQUENTIAL_TENSOR_S if has_link else COPY_LATENCY_S)
     return _Transfer(exposed_s=seconds, h2d_bytes=num_bytes)
 
 

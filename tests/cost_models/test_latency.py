@@ -26,6 +26,7 @@ from pipefit.cost_models.placement import (
     Resident,
     SequentialOffload,
 )
+from pipefit.cost_models.residency import sequential_groups
 from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
@@ -640,14 +641,16 @@ def test_a_narrower_link_is_never_faster(placement: Placement, lanes: int) -> No
     assert wide <= narrow
 
 
-def test_on_the_cpu_placements_cost_almost_nothing() -> None:
+def test_on_the_cpu_only_the_hooks_of_sequential_offload_cost_anything() -> None:
     cpu = Gpu(name="cpu", architecture="cpu", total_bytes=1, free_bytes=1, num_sms=2)
     plan = model_of_blocks()
-    times = [
+    resident_s, model_s, sequential_s = (
         LatencyModel(plan, cpu).placement_seconds(plan.components[0], [(0, 1)], placement).call_s
         for placement in (Resident(), ModelOffload(), SequentialOffload())
-    ]
-    assert times == pytest.approx([times[0]] * 3)
+    )
+    assert resident_s == pytest.approx(model_s)
+    num_tensors = sum(len(g.tensor_bytes) for g in sequential_groups(plan.components[0]).groups)
+    assert sequential_s - resident_s == pytest.approx(num_tensors * COPY_LATENCY_S)
 
 
 def test_the_same_question_is_computed_once() -> None:
