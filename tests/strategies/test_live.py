@@ -1,4 +1,4 @@
-"""The private names of diffusers and accelerate that undoing relies on are where we look for them."""
+"""The private names of diffusers and accelerate that undoing relies on are where we look."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pipefit.strategies.live import (
     GROUP_OFFLOADING_HOOKS,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
-    device_restorer,
     hook_restorer,
     hooks_of,
     reads_flag,
@@ -90,21 +89,6 @@ def test_a_forward_that_somebody_had_replaced_is_put_back() -> None:
     accelerate.hooks.remove_hook_from_module(module)
     restore()
     assert vars(module)["forward"] is doubled
-
-
-def test_tensors_return_to_their_own_devices_and_stay_the_same_objects() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, device="meta"))
-    parameters = list(module.parameters())
-    restore = device_restorer(module)
-    module.to("meta")
-    module[0].to_empty(device="meta")
-    restored = [one.device.type for one in module.parameters()]
-    assert set(restored) == {"meta"}
-    module[0].to_empty(device="cpu")
-    module[1].to_empty(device="cpu")
-    restore()
-    assert [one.device.type for one in module.parameters()] == ["cpu", "cpu", "meta", "meta"]
-    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
 
 
 class Base:
