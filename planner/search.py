@@ -34,14 +34,17 @@ TIME_TOLERANCE_PERCENT = 2
 NANOSECONDS_PER_S = 10**9
 
 MAX_PARTIALS = 1 << 14
-"""Partial selections expanded at a time. This and the next three affect speed, never the result;
+"""Partial selections expanded at a time. This and the next four affect speed, never the result;
 all were chosen with benchmarks/search_speed.py."""
 
 MAX_ENUMERATED = 1 << 16
 """Selections up to which enumerating is quicker than looking for a better bound."""
 
-DUAL_ITERATIONS = 40
+DUAL_ITERATIONS = 25
 """Subgradient steps for the multipliers of a bound."""
+
+GOOD_GAP = 1e-4
+"""Share of the objective's range between bound and best total at which a bound is good enough."""
 
 PATIENCE = 4
 """Subgradient steps without a better bound after which the step is halved."""
@@ -406,20 +409,22 @@ def _fastest(boxes: Sequence[_Box]) -> list[_Box]:
     ]
 
 
-def _best_quality(boxes: Sequence[_Box]) -> list[_Box]:
+def _best_quality(boxes: Sequence[_Box]) -> Sequence[_Box]:
     """Keep, of the candidates, those of the best quality with which a selection exists."""
     ranks = {float(rank) for box in boxes for r in box.rows for rank in r[:, _Columns.quality].flat}
-    for rank in sorted(ranks):
+    for rank in sorted(ranks)[:-1]:
         left = [
             box.keeping(
                 [np.all(r[:, _Columns.quality] <= rank, axis=1) for r in box.rows]
             ).reduced()
             for box in boxes
         ]
-        left = [box for box in left if _minimise(box, _Columns.time)[0] is not None]
+        left = [
+            box for box in left if _minimise(box, _Columns.time, enough=math.inf)[0] is not None
+        ]
         if left:
             return left
-    return []
+    return boxes
 
 
 def _least(boxes: Sequence[_Box], columns: slice) -> tuple[float, list[_Box]]:
@@ -445,15 +450,16 @@ def _first_by_name(boxes: Sequence[_Box]) -> Selection | None:
             fixed
             for index in range(len(box.rows[position]))
             if (fixed := box.choosing(position, [index]).reduced()).num_selections()
-            and _minimise(fixed, _Columns.time)[0] is not None
+            and _minimise(fixed, _Columns.time, enough=math.inf)[0] is not None
         )
     return select(box.problem, {n: c[0] for n, c in zip(box.names, box.candidates, strict=True)})
 
 
-def _minimise(box: _Box, columns: slice) -> tuple[float | None, _Box]:
+def _minimise(box: _Box, columns: slice, *, enough: float = -math.inf) -> tuple[float | None, _Box]:
     """Return the least possible largest total of *columns* in *box*; None if the box is empty.
 
-    The box comes back with one more weighted sum to bound it by, where one was needed.
+    The box comes back with one more weighted sum to bound it by, where one was needed. The search
+    stops at the first total that is at most *enough*.
     """
     if all(len(r) for r in box.rows):
         largest = np.sum([r.max(axis=0) for r in box.rows], axis=0)
@@ -462,7 +468,7 @@ def _minimise(box: _Box, columns: slice) -> tuple[float | None, _Box]:
         return None, box
     best, weights = math.inf, None
     stack = [capped]
-    while stack:
+    while stack and (math.isinf(best) or best > enough):
         node = stack.pop().capped(columns, best - 1).reduced()
         if node.num_selections() > MAX_ENUMERATED:
             first, (weights, met) = weights is None, _multipliers(node, columns, weights)
@@ -496,40 +502,43 @@ def _multipliers(box: _Box, columns: slice, start: Array | None) -> tuple[Array,
     """
     rows = _padded(box.rows)
     spread = (rows.max(axis=1) - rows.min(axis=1)).sum(axis=0)
-    goal = np.zeros(len(box.limit), dtype=np.bool_)
-    goal[columns] = True
-    held = np.isfinite(box.limit) & (spread > 0) & ~goal
-    scale = np.where(spread > 0, spread, 1.0)
-    scale[goal] = scale[goal].max()
-    scaled, limit = rows / scale, np.where(held, box.limit / scale, 0.0)
-    weights = goal / goal.sum() if start is None else start * scale / (start * scale)[goal].sum()
-    ceiling = box.limit[columns].max()
+    is_goal = np.zeros(len(box.limit), dtype=np.bool_)
+    is_goal[columns] = True
+    used = np.flatnonzero(is_goal | (np.isfinite(box.limit) & (spread > 0)))
+    rows, most, goal = rows[:, :, used], box.limit[used], is_goal[used]
+    scale = np.where(spread > 0, spread, 1.0)[used]
+    scale[goal] = goal_scale = scale[goal].max()
+    scaled, limit = rows / scale, np.where(goal, 0.0, most / scale)
+    weights = goal / goal.sum()
+    if start is not None:
+        weights = start[used] * scale
+        weights /= weights[goal].sum()
+    ceiling = float(most[goal].max())
     least, best_bound, best_weights = math.inf, -math.inf, weights
     share, num_stalled = 1.0, 0
     every = np.arange(len(rows))
     for _ in range(DUAL_ITERATIONS):
-        chosen = (scaled @ weights).argmin(axis=1)
-        slope = np.where(held | goal, scaled[every, chosen].sum(axis=0) - limit, 0.0)
-        totals = rows[every, chosen].sum(axis=0)
-        if (totals <= box.limit).all():
-            least = min(least, float(totals[columns].max()))
+        totals = rows[every, (scaled @ weights).argmin(axis=1)].sum(axis=0)
+        if (totals <= most).all():
+            least = min(least, float(totals[goal].max()))
             ceiling = min(ceiling, least)
-        bound = float(slope @ weights)
-        gap = float(ceiling / scale[columns].max()) - bound
-        norm = float(slope @ slope)
+        slope = totals / scale - limit
+        bound, norm = float(slope @ weights), float(slope @ slope)
+        gap = ceiling / goal_scale - bound
         if bound > best_bound:
             best_bound, best_weights, num_stalled = bound, weights, 0
         else:
             num_stalled += 1
-        if gap < -ROUNDING or norm == 0.0:
+        if gap < GOOD_GAP or norm == 0.0:
             break
         if num_stalled == PATIENCE:
             share, num_stalled, weights = share / 2, 0, best_weights
             continue
-        weights = weights + share * max(gap, ROUNDING) / norm * slope
-        weights[held] = np.maximum(weights[held], 0.0)
-        weights[goal] = _on_simplex(weights[goal])
-    return best_weights / scale, least
+        weights = np.maximum(weights + share * gap / norm * slope, 0.0)
+        weights[goal] = 1.0 if goal.sum() == 1 else _on_simplex(weights[goal])
+    multipliers = np.zeros(len(box.limit))
+    multipliers[used] = best_weights / scale
+    return multipliers, least
 
 
 def _padded(rows: Sequence[Array]) -> Array:
