@@ -34,6 +34,6 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) $(TORCH_INDEX_ARGS) torch || $(INSTALL) torch
+	$(INSTALL) -qq $(TORCH_INDEX_ARGS) torch || $(INSTALL) torch
 	$(INSTALL) -e '.[dev]'
 	touch $@

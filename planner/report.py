@@ -29,6 +29,9 @@ REPORT_WIDTH = 100
 BAR_WIDTH = 14
 """Characters of a bar: what the other columns of a phase leave of a line."""
 
+REJECTED_WIDTH = 44
+"""Characters of a rejected configuration; the rest of the line is for the reason."""
+
 MAX_ASSUMPTIONS = 3
 """Assumptions shown; the JSON has all."""
 
@@ -240,6 +243,7 @@ def _alternative_table(plan: Plan) -> Table:
     """One line each: what an alternative does that the plan does not."""
     table = _table("rejected", ">peak", ">time", "because")
     table.columns[0].no_wrap = True
+    table.columns[0].max_width = REJECTED_WIDTH
     for alternative in plan.alternatives:
         other = [o for o in alternative.options if not any(_same(o, mine) for mine in plan.options)]
         table.add_row(

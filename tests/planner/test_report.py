@@ -69,6 +69,15 @@ def test_an_alternative_shows_only_what_it_does_differently() -> None:
     assert "group_offload" not in rejected
 
 
+def test_a_long_alternative_leaves_room_for_the_reason() -> None:
+    names = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    long = tuple(Option(strategy="channels_last", component=name) for name in names)
+    plan = replace(PLAN, alternatives=(replace(PLAN.alternatives[0], options=long),))
+    [line] = [line for line in str(plan).splitlines() if line.startswith("channels_last")]
+    assert "…" in line
+    assert line.endswith("24.00 GiB  40.0 s  16.55 GiB over in denoise")
+
+
 def test_a_machine_without_a_gpu_is_said_plainly() -> None:
     assert to_text(machine_report(replace(MACHINE, gpus=()))).startswith("No GPU was found.")
 
