@@ -146,12 +146,12 @@ def predict(
     """Return what exactly *strategies* need; with none, everything is resident.
 
     Raises:
-        InvalidRequest: if a strategy is refused where it was asked for, or two contradict each other.
+        InvalidRequest: if a strategy is refused where it was asked for, or two contradict.
     """
     machine = probe() if machine is None else machine
     if not machine.gpus:
         raise InvalidRequest(
-            "A prediction needs a GPU, and none was found: name one of the catalogue, like rtx-4060."
+            "A prediction needs a GPU, and none was found: name one of the catalogue (rtx-4060)."
         )
     gpu = machine.gpus[0]
     policy = Policy(
@@ -187,6 +187,7 @@ def apply(pipe: Any, plan: Plan) -> Applied:
     import torch
 
     from pipefit.planner.apply import apply_options, check_pipeline
+    from pipefit.planner.guard import hold_to_budget
     from pipefit.planner.trace import describe_component, fingerprint
 
     check_pipeline(pipe)
@@ -202,7 +203,16 @@ def apply(pipe: Any, plan: Plan) -> Applied:
             f"{type(pipe).__name__} has {found}: plan again for this pipeline."
         )
     gpu = next(g for g in plan.machine.gpus if g.index == min(plan.policy.budget_bytes))
-    return apply_options(pipe, plan.options, _torch_device(gpu), plan=plan)
+    device = _torch_device(gpu)
+    applied = apply_options(pipe, plan.options, device, plan=plan)
+    applied.also_undo(
+        hold_to_budget(
+            device,
+            budget_bytes=plan.policy.budget_bytes[gpu.index],
+            context_bytes=plan.prediction.peak_vram[0].context_bytes,
+        )
+    )
+    return applied
 
 
 def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
@@ -215,7 +225,7 @@ def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
     kind, _, index = str(device).rpartition(":")
     if not index.isdigit() or kind not in ("", "cuda", "xpu", "mps"):
         raise InvalidRequest(
-            f"The device {device!r} was not understood: write an index, \"cuda:0\" or \"cpu\"."
+            f'The device {device!r} was not understood: write an index, "cuda:0" or "cpu".'
         )
     if int(index) not in {gpu.index for gpu in machine.gpus}:
         there = ", ".join(str(gpu.index) for gpu in machine.gpus) or "none"
@@ -270,7 +280,7 @@ def _policy(
     both = {o.strategy for o in required} & set(forbidden)
     if both:
         raise InvalidRequest(
-            f"{', '.join(sorted(both))} is both required and forbidden: drop one of the two."
+            f"Strategy {', '.join(sorted(both))} is both required and forbidden: drop one of them."
         )
     return Policy(
         budget_bytes=parse_budget(budget, machine),

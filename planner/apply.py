@@ -21,7 +21,7 @@ from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import describe_component
 from pipefit.strategies import BUILT_IN, strategy, traits_of
 from pipefit.strategies.live import hooks_of, module_components
-from pipefit.strategies.strategy import Option, Strategy
+from pipefit.strategies.strategy import Option, Strategy, Undo
 
 REMEDY_BY_HOOK: Mapping[str, str] = {
     "CpuOffload": "call pipe.remove_all_hooks() first",
@@ -42,6 +42,10 @@ class Applied:
         """The plan that the options came from; None where they were given one by one."""
         self._undo = undo
         self._device = device
+
+    def also_undo(self, undo: Undo) -> None:
+        """Take *undo* back as well, before everything else."""
+        self._undo.callback(undo)
 
     def undo(self) -> None:
         """Take everything back, last applied first; a second call does nothing."""

@@ -1,8 +1,8 @@
 """From priced candidates to a plan: search, check by replay, explain.
 
-The search adds up per-component figures; the plan states what the replay of the whole call says. So
-the search's answer is replayed before it is accepted, and where the budget would be broken the search
-is asked again with as much less. A plan that leaves here keeps its budget by the replay.
+The search adds up figures of single components; the plan states what the replay of the whole call
+says. So the search's answer is replayed before it is accepted, and where the budget would be broken
+the difference is charged and the search is asked again. A plan keeps its budget by the replay.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class Candidates:
                 named = replace(problem, name=f"{problem.name}{cast}")
                 self._of[named.name] = (pricing, named)
         self.problems = [problem for _, problem in self._of.values()]
-        self._replayed: dict[tuple[str, ...], Configuration] = {}
+        self._replayed: dict[tuple[object, ...], Configuration] = {}
 
-    def configure(self, selection: Selection) -> Configuration:
-        """Replay *selection*; remembered."""
-        key = (selection.problem, *(f"{n}={c.key}" for n, c in sorted(selection.choices.items())))
+    def configure(self, selection: Selection, budget_bytes: int) -> Configuration:
+        """Replay *selection* in a process held to *budget_bytes*; remembered."""
+        choices = (f"{name}={c.key}" for name, c in sorted(selection.choices.items()))
+        key = (budget_bytes, selection.problem, *choices)
         if key not in self._replayed:
             pricing, problem = self._of[selection.problem]
             picks = pricing.picks(selection)
@@ -79,35 +80,59 @@ class Candidates:
                 problem=problem,
                 selection=selection,
                 picks=picks,
-                peaks=pricing.replay(picks),
+                peaks=pricing.replay(picks, budget_bytes),
             )
         return self._replayed[key]
 
     def best(self, limits: Limits) -> Configuration | None:
-        """Return the best configuration whose replay keeps the budget; None if there is none."""
-        assert limits.budget_bytes is not None
-        net_bytes = limits.budget_bytes
+        """Return the best configuration whose replay keeps the budget; None if there is none.
+
+        What a replay needs beyond the sums (fragmentation, blocks) is added to its problem, phase
+        by phase, before the search is asked again.
+        """
+        budget_bytes = limits.budget_bytes
+        assert budget_bytes is not None
+        problems = {problem.name: problem for problem in self.problems}
         for _ in range(MAX_REPLAYS):
-            selection = search(self.problems, replace(limits, budget_bytes=net_bytes))
+            selection = search(list(problems.values()), limits)
             if selection is None:
                 break
-            found = self.configure(selection)
-            over_bytes = found.process_bytes - limits.budget_bytes
-            if over_bytes <= 0:
+            found = self.configure(selection, budget_bytes)
+            if found.process_bytes <= budget_bytes:
                 return found
-            net_bytes = min(net_bytes, selection.peak_bytes) - over_bytes
+            problem = problems[selection.problem]
+            problems[problem.name] = replace(
+                problem,
+                base_bytes=tuple(
+                    base + max(0, peak.process_bytes - added)
+                    for base, peak, added in zip(
+                        problem.base_bytes, found.peaks, selection.phase_bytes, strict=True
+                    )
+                ),
+            )
         smallest = self.smallest(limits)
-        if smallest is not None and smallest.process_bytes <= limits.budget_bytes:
+        if smallest is not None and smallest.process_bytes <= budget_bytes:
             return smallest
         return None
 
     def smallest(self, limits: Limits) -> Configuration | None:
-        """Return the configuration with the least peak; None if host memory rules out all."""
+        """Return the configuration with the least peak, in a process held to what it needs.
+
+        None if host memory rules out all.
+        """
         least = smallest_budget(self.problems, limits) if self.problems else None
-        if least is None:
+        selection = (
+            None if least is None else search(self.problems, replace(limits, budget_bytes=least))
+        )
+        if selection is None:
             return None
-        selection = search(self.problems, replace(limits, budget_bytes=least))
-        return None if selection is None else self.configure(selection)
+        held_bytes = selection.peak_bytes
+        for _ in range(MAX_REPLAYS):
+            found = self.configure(selection, held_bytes)
+            if found.process_bytes <= held_bytes:
+                break
+            held_bytes = found.process_bytes
+        return found
 
 
 def decide(
@@ -134,9 +159,7 @@ def decide(
         raise _nothing_fits(candidates, policy, limits, lower)
     prediction = best.pricing.prediction(best.picks, best.peaks)
     workload = best.pricing.workload
-    options = tuple(
-        replace(option, reason=_reason(option, best)) for option in best.options
-    )
+    options = tuple(replace(option, reason=_reason(option, best)) for option in best.options)
     return Plan(
         pipeline=workload.pipeline,
         call=workload.call,
@@ -183,27 +206,32 @@ def _nothing_fits(
         if found is not None:
             smallest[quality.value] = found.process_bytes
     asked = f"No plan keeps {format_bytes(limits.budget_bytes)}"
-    if not smallest:
-        if not candidates.problems:
-            return NoPlanFits(
-                f"{asked}: what is required and forbidden leaves no way to place the pipeline; "
-                "drop one of the two.",
-                budget_bytes=limits.budget_bytes,
-                smallest_budget_bytes={},
-            )
-        return NoPlanFits(
-            f"{asked} and the RAM limit of {format_bytes(limits.ram_bytes or 0)} together: the "
-            "weights that leave the GPU need more host RAM; raise the VRAM budget or add RAM.",
-            budget_bytes=limits.budget_bytes,
-            smallest_budget_bytes={},
+    if not candidates.problems:
+        message = (
+            f"{asked}: what is required and forbidden leaves no way to place the pipeline; drop "
+            "one of the two."
         )
-    works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
-    return NoPlanFits(
-        f"{asked}: the smallest budget that works is {works}; raise the budget or lower the "
-        "resolution, frames or batch.",
-        budget_bytes=limits.budget_bytes,
-        smallest_budget_bytes=smallest,
-    )
+    elif (roomy := _would_fit_with_more_ram(candidates, limits)) is not None:
+        needed = f"{_rounded_up(roomy.selection.host_bytes)} of RAM"
+        message = (
+            f"{asked} together with the RAM limit of {format_bytes(limits.ram_bytes or 0)}: "
+            f"weights that leave the GPU need {needed}; raise one of the two limits."
+        )
+    else:
+        works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
+        message = (
+            f"{asked}: the smallest budget that works is {works or 'not known'}; raise the budget "
+            "or lower the resolution, frames or batch."
+        )
+    return NoPlanFits(message, budget_bytes=limits.budget_bytes, smallest_budget_bytes=smallest)
+
+
+def _would_fit_with_more_ram(candidates: Candidates, limits: Limits) -> Configuration | None:
+    """Return what keeps the VRAM budget once host memory is no bound; None if nothing does."""
+    found = candidates.smallest(replace(limits, ram_bytes=None, pinnable_bytes=None))
+    if found is None or limits.budget_bytes is None or found.process_bytes > limits.budget_bytes:
+        return None
+    return found
 
 
 def _rounded_up(num_bytes: int) -> str:
@@ -218,7 +246,7 @@ def _rejected(
     assert limits.budget_bytes is not None
     found = []
     for lost in alternatives(candidates.problems, limits, best.selection):
-        other = candidates.configure(lost.selection)
+        other = candidates.configure(lost.selection, limits.budget_bytes)
         over_bytes = other.process_bytes - limits.budget_bytes
         reason = lost.reason
         if over_bytes > 0 and _host_allows(lost.selection, limits):
@@ -258,7 +286,9 @@ def _next_gain(
         gain_s = best.selection.call_s - other.selection.call_s
         if gain_s > 0:
             share = gain_s / best.selection.call_s
-            return f"Quality {quality.value} would save {format_seconds(gain_s)} a call ({share:.0%})."
+            return (
+                f"Quality {quality.value} would save {format_seconds(gain_s)} a call ({share:.0%})."
+            )
     return ""
 
 

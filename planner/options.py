@@ -92,7 +92,7 @@ def _is_required(policy: Policy, one: Strategy) -> bool:
 
 
 def _required(policy: Policy, one: Strategy, component: Component) -> list[Option]:
-    """Return what the policy asks of *one* on *component*; no component named means wherever it can.
+    """Return what the policy asks of *one* on *component*; unnamed means wherever it can.
 
     Raises:
         InvalidRequest: if it was asked for by name and cannot be had.
@@ -103,7 +103,7 @@ def _required(policy: Policy, one: Strategy, component: Component) -> list[Optio
             continue
         refusal = one.refusal(component, option.parameters)
         if refusal and option.component is not None:
-            raise InvalidRequest(f"{one.name} on {component.name} is not possible: {refusal}")
+            raise InvalidRequest(f"Strategy {one.name} cannot go on {component.name}: {refusal}")
         if not refusal:
             found.append(option)
     return found
@@ -124,7 +124,7 @@ def check_required(workload: Workload, policy: Policy) -> None:
         reasons = {c.name: one.refusal(c, option.parameters) for c in workload.components}
         if option.component is None and all(reasons.values()):
             raise InvalidRequest(
-                f"{option.strategy} applies to no component of {workload.pipeline}: "
+                f"Strategy {option.strategy} applies to no component of {workload.pipeline}: "
                 f"{next(iter(reasons.values()))}"
             )
 
@@ -132,7 +132,9 @@ def check_required(workload: Workload, policy: Policy) -> None:
 class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
-    def __init__(self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()) -> None:
+    def __init__(
+        self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()
+    ) -> None:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
@@ -159,7 +161,9 @@ class Pricing:
                 found.append(self._problem(MIXED, groups))
         if not any(_is_required(policy, one) for one in per_component):
             for one in required_wide or pipeline_wide:
-                if not all(one.options(c, self.workload, self.gpu) for c in self.workload.components):
+                if not all(
+                    one.options(c, self.workload, self.gpu) for c in self.workload.components
+                ):
                     continue
                 option = Option(strategy=one.name)
                 placement = one.placement({})
@@ -253,7 +257,9 @@ class Pricing:
             ),
             host_bytes=host.pageable_bytes + host.pinned_bytes,
             pinned_bytes=host.pinned_bytes,
-            quality_rank=max(strategy(o.strategy).quality.rank for o in (*options, *self.load_options)),
+            quality_rank=max(
+                strategy(o.strategy).quality.rank for o in (*options, *self.load_options)
+            ),
             num_strategies=len(counted),
             payload=Pick(choice=choice, options=options, attention=attention),
         )
@@ -284,9 +290,11 @@ class Pricing:
 
     # -- predictions
 
-    def replay(self, picks: Mapping[str, Pick | None]) -> tuple[PhaseMemory, ...]:
-        """Replay one configuration through the allocator model."""
-        return simulate(self.workload, self._choices(picks), self.gpu)
+    def replay(
+        self, picks: Mapping[str, Pick | None], budget_bytes: int | None = None
+    ) -> tuple[PhaseMemory, ...]:
+        """Replay one configuration through the allocator model, held to *budget_bytes* if given."""
+        return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
 
     def _choices(self, picks: Mapping[str, Pick | None]) -> dict[str, Choice]:
         used = {phase.component for phase in self.workload.phases}
@@ -335,7 +343,9 @@ class Pricing:
             if pick is not None
         ]
         unused = [
-            self.workload.component(name).weight_bytes for name, pick in picks.items() if pick is None
+            self.workload.component(name).weight_bytes
+            for name, pick in picks.items()
+            if pick is None
         ]
         worst = max(peaks, key=lambda p: p.process_bytes)
         return Prediction(
@@ -382,7 +392,7 @@ class Pricing:
                     elif one.kind != "load":
                         if placement is not None:
                             raise InvalidRequest(
-                                f"{option.strategy} and {one.name} both place {component.name}: "
+                                f"Both {option.strategy} and {one.name} place {component.name}: "
                                 "choose one."
                             )
                         option = replace(asked, component=component.name)
@@ -391,7 +401,10 @@ class Pricing:
             picks[component.name] = Pick(
                 choice=Choice(placement=placement or Resident(), variant=variant),
                 options=(
-                    *(Option(strategy=n, component=component.name, parameters=p) for n, p in parts.items()),
+                    *(
+                        Option(strategy=n, component=component.name, parameters=p)
+                        for n, p in parts.items()
+                    ),
                     option,
                 ),
                 attention=attention_of(parts),
@@ -405,9 +418,7 @@ def attention_of(parts: Parts) -> Attention:
     return backend
 
 
-def plan_options(
-    pricing: Pricing, picks: Mapping[str, Pick | None]
-) -> tuple[Option, ...]:
+def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Option, ...]:
     """Return the options of a configuration, each once, in the order of application."""
     found: list[Option] = list(pricing.load_options)
     for name, pick in picks.items():

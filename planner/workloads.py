@@ -45,7 +45,7 @@ def observe(
     dtype: Mapping[str, str] | str | None = None,
     progress: Progress | None = None,
 ) -> list[Observed]:
-    """Return the workloads to plan with: as the pipeline is, and cast to 16 bits where that is open.
+    """Return the workloads to plan with: as the pipeline is, and in 16 bits where that is open.
 
     *subject* is a live pipeline, a catalogue name or a folder with ``model_index.json``.
 
@@ -78,7 +78,7 @@ def _casts(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
             for name in [option.component] if option.component else list(named):
                 refusal = precision.refusal(named[name], option.parameters)
                 if refusal and option.component:
-                    raise InvalidRequest(f"precision on {name} is not possible: {refusal}")
+                    raise InvalidRequest(f"Strategy precision cannot go on {name}: {refusal}")
                 if not refusal and named[name].traits.get("dtype") not in (
                     None,
                     option.parameters.get("dtype"),
@@ -188,6 +188,7 @@ def _trace(
     say: Progress,
 ) -> Workload:
     """Return the workload, from the cache where it is there."""
+
     def make() -> Workload:
         from pipefit.planner.call import default_inputs, resolve_call_defaults
         from pipefit.planner.trace import GPU, trace
@@ -214,7 +215,9 @@ def _trace(
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,
         )
-        return replace(workload, call={**shown, **{k: workload.call[k] for k in call if k in workload.call}})
+        return replace(
+            workload, call={**shown, **{k: workload.call[k] for k in call if k in workload.call}}
+        )
 
     key = {
         **source.key,

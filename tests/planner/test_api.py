@@ -1,0 +1,147 @@
+"""Bad input is one sentence that says what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.end_to_end.small_runs import untouched
+from tests.small_pipelines import small_call
+
+import pipefit
+from pipefit.planner import api
+from pipefit.planner.catalog import reference_machine
+from pipefit.planner.snapshot import differences, snapshot
+
+CARD = reference_machine(["rtx-4060"])
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert text[0].isupper()
+    assert text.rstrip().endswith((".", "?"))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("8 gigs", "with a unit"),
+        ("-1GB", "positive"),
+        ("0", "positive"),
+        ("150%", "share"),
+        (float("nan"), "finite"),
+        (True, "8GB"),
+        ({3: "8GB"}, "GPU 3"),
+        ({}, "no GPU"),
+        ([], "no GPU"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(budget: Any, says: str) -> None:
+    pipe, _ = untouched("flux")
+    before = snapshot(pipe)
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        pipefit.auto_optimize(pipe, budget, call=small_call("flux"), device="cpu")
+    assert says in _sentence(caught.value)
+    assert differences(before, snapshot(pipe)) == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"call": {"heigth": 64}}, "height"),
+        ({"quality": "hihg"}, "high"),
+        ({"with_": ["vae_tilling"]}, "vae_tiling"),
+        ({"with_": ["vae_tiling@vea"]}, "vae"),
+        ({"with_": ["vae_tiling:tile=3@vae"]}, "tile_px"),
+        ({"with_": ["vae_tiling@transformer"]}, "cannot work in tiles"),
+        ({"without": ["modle_offload"]}, "model_offload"),
+        ({"with_": ["model_offload"], "without": ["model_offload"]}, "drop one"),
+        ({"ram": "many"}, "with a unit"),
+        ({"device": "cuda:7"}, "not there"),
+        ({"device": "tpu"}, "not understood"),
+    ],
+)
+def test_a_request_with_a_slip_names_what_was_meant(asked: dict[str, Any], says: str) -> None:
+    pipe, _ = untouched("flux")
+    before = snapshot(pipe)
+    arguments = {"call": small_call("flux"), "device": "cpu", **asked}
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        pipefit.auto_optimize(pipe, "8GB", **arguments)
+    assert says in _sentence(caught.value)
+    assert differences(before, snapshot(pipe)) == ()
+
+
+@pytest.mark.parametrize("subject", [torch.nn.Linear(2, 2), 7, None])
+def test_what_is_no_pipeline_is_refused(subject: Any) -> None:
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        pipefit.auto_optimize(subject, "8GB", device="cpu")
+    assert "DiffusionPipeline" in _sentence(caught.value)
+
+
+def test_an_unknown_pipeline_offers_the_closest() -> None:
+    with pytest.raises(pipefit.UnknownName) as caught:
+        pipefit.plan("flux.1-dve", "8GB", machine=CARD)
+    assert "flux.1-dev" in _sentence(caught.value)
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        pipefit.plan(str(tmp_path), "8GB", machine=CARD)
+    assert "model_index.json" in _sentence(caught.value)
+
+
+def test_a_folder_that_names_a_class_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxxPipeline"}))
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        pipefit.plan(str(tmp_path), "8GB", machine=CARD)
+    assert "FluxxPipeline" in _sentence(caught.value)
+
+
+def test_a_budget_smaller_than_a_layer_names_the_smallest_that_works() -> None:
+    pipe, _ = untouched("flux")
+    with pytest.raises(pipefit.NoPlanFits) as caught:
+        api.plan(pipe, "4KiB", call=small_call("flux"), machine=api.cpu_machine(), quality="exact")
+    smallest = caught.value.smallest_budget_bytes
+    assert set(smallest) >= {"exact", "high"}
+    assert smallest["high"] <= smallest["exact"]
+    assert "smallest budget that works" in _sentence(caught.value)
+    again = api.plan(
+        pipe,
+        smallest["exact"],
+        call=small_call("flux"),
+        machine=api.cpu_machine(),
+        quality="exact",
+    )
+    assert again.prediction.peak_vram[0].process_bytes <= smallest["exact"]
+
+
+@pytest.mark.slow
+def test_too_little_ram_for_the_weights_is_said() -> None:
+    with pytest.raises(pipefit.NoPlanFits) as caught:
+        pipefit.plan("flux.1-dev", "8GB", machine=CARD, ram="8GB")
+    assert "RAM" in _sentence(caught.value)
+
+
+@pytest.mark.slow
+def test_flux_on_an_8_gb_card_fits_and_says_why() -> None:
+    plan = pipefit.plan("flux.1-dev", "8GB", machine=CARD)
+    assert plan.prediction.peak_vram[0].process_bytes <= 8 * 10**9
+    assert all(option.reason for option in plan.options)
+    assert plan.alternatives
+    assert {phase.name for phase in plan.prediction.phases} == {"encode_prompt", "denoise", "decode"}
+
+
+@pytest.mark.slow
+def test_a_prediction_of_everything_resident_is_of_exactly_that() -> None:
+    machine = reference_machine(["h100"])
+    found = pipefit.predict("flux.1-dev", machine=machine)
+    assert {o.strategy for o in found.options} == {"resident"}
+    # Published: 33.85 GiB allocated on an H100, 22.64 with model offload.
+    assert found.peak_vram[0].allocated_bytes / 2**30 == pytest.approx(33.85, rel=0.01)
+    offloaded = pipefit.predict("flux.1-dev", ["model_offload"], machine=machine)
+    assert offloaded.peak_vram[0].allocated_bytes / 2**30 == pytest.approx(22.64, rel=0.01)
