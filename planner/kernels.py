@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipefit.cost_models.workload import Kernel, KernelKind
-from pipefit.planner.virtual import suggests_channels_last
+from pipefit.planner.virtual_layouts import suggests_channels_last
 
 aten = torch.ops.aten
 
@@ -55,7 +55,15 @@ _KIND_BY_NAME: dict[str, KernelKind] = {
     "gather": "index",
     "scatter": "index",
 }
-_NO_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+_NO_LAUNCH = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+}
 
 
 def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Kernel | None:
@@ -63,7 +71,11 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     name = func._schema.name.split("::")[1]
     if name in _NO_LAUNCH:
         return None
-    outs = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
+    outs = [
+        o
+        for o in (out if isinstance(out, (tuple, list)) else (out,))
+        if isinstance(o, torch.Tensor)
+    ]
     inputs = list(_unique_tensors([*args, *kwargs.values()]))
     kind = _KIND_BY_NAME.get(name, "elementwise")
     first = outs[0] if outs else inputs[0]
@@ -79,8 +91,12 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     return Kernel(
         kind=kind,
         name=f"aten.{name}",
-        dtype=str((inputs[0] if kind in ("conv", "gemm", "attention") else first).dtype).removeprefix("torch."),
-        read_bytes=sum(_bytes(t) for t in inputs if not (name in ("copy_", "fill_") and t is args[0])),
+        dtype=str(
+            (inputs[0] if kind in ("conv", "gemm", "attention") else first).dtype
+        ).removeprefix("torch."),
+        read_bytes=sum(
+            _bytes(t) for t in inputs if not (name in ("copy_", "fill_") and t is args[0])
+        ),
         write_bytes=sum(_bytes(o) for o in outs),
         shape=shape,
         **facts,
@@ -90,7 +106,9 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
 def _bytes(tensor: torch.Tensor) -> int:
     """Real bytes: a dimension that a broadcast repeats (stride 0) is read once."""
     elements = math.prod(
-        size for size, stride in zip(tensor.size(), tensor.stride(), strict=True) if stride or size == 0
+        size
+        for size, stride in zip(tensor.size(), tensor.stride(), strict=True)
+        if stride or size == 0
     )
     return elements * tensor.element_size()
 
