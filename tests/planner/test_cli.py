@@ -169,7 +169,7 @@ def test_a_hopeless_budget_exits_with_3_and_names_the_smallest(capsys) -> None:
     smallest = json.loads(captured.out)["smallest_budget_bytes"]["high"]
     assert captured.err.count("\n") == 1
     assert main([*arguments, str(smallest)]) == 0
-    assert main([*arguments, str(smallest - (1 << 21))]) == 3
+    assert main([*arguments, str(smallest * 9 // 10)]) == 3
 
 
 @pytest.mark.slow
