@@ -15,7 +15,7 @@ from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
 from pipefit.errors import NoPlanFits
-from pipefit.planner.options import MIXED, Pick, Pricing, plan_options, quality_of
+from pipefit.planner.options import Pick, Pricing, plan_options, quality_of
 from pipefit.planner.plan import Alternative, Plan
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import (
@@ -211,17 +211,16 @@ def _nothing_fits(
             f"{asked}: what is required and forbidden leaves no way to place the pipeline; drop "
             "one of the two."
         )
-    elif (roomy := _would_fit_with_more_ram(candidates, limits)) is not None:
-        needed = f"{_rounded_up(roomy.selection.host_bytes)} of RAM"
-        message = (
-            f"{asked} together with the RAM limit of {format_bytes(limits.ram_bytes or 0)}: "
-            f"weights that leave the GPU need {needed}; raise one of the two limits."
-        )
     else:
         works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
+        roomy = _would_fit_with_more_ram(candidates, limits)
+        more_ram = ""
+        if roomy is not None:
+            asked += f" with {format_bytes(limits.ram_bytes or 0)} of RAM"
+            more_ram = f"have {_rounded_up(roomy.selection.host_bytes)} of RAM, "
         message = (
-            f"{asked}: the smallest budget that works is {works or 'not known'}; raise the budget "
-            "or lower the resolution, frames or batch."
+            f"{asked}: the smallest budget that works is {works or 'none'}; {more_ram}raise the "
+            "budget, or lower the resolution, frames or batch."
         )
     return NoPlanFits(message, budget_bytes=limits.budget_bytes, smallest_budget_bytes=smallest)
 
@@ -354,6 +353,3 @@ def _parts(candidate: Candidate) -> dict[str, str]:
     if pick is None:
         return {}
     return {o.strategy: repr(sorted(o.parameters.items())) for o in pick.options}
-
-
-__all__ = ["MIXED", "Candidates", "Configuration", "decide", "limits_of"]

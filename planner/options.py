@@ -310,7 +310,7 @@ class Pricing:
         """Return what *picks*, with the replayed *peaks*, need."""
         device = self.gpu.index
         phases = []
-        first_s = low_s = high_s = call_s = own_s = self.latency.own_seconds()
+        first_s = low_s = high_s = call_s = self.latency.own_seconds()
         for phase, peak in zip(self.workload.phases, peaks, strict=True):
             pick = picks[phase.component]
             assert pick is not None
@@ -336,7 +336,6 @@ class Pricing:
                     process_bytes=peak.process_bytes,
                 )
             )
-        del own_s
         host = [
             host_bytes(self.workload.component(name), pick.choice.placement)
             for name, pick in picks.items()

@@ -1,0 +1,29 @@
+"""What the README says about names is what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from typer.main import get_command
+
+from pipefit.planner import cli
+from pipefit.planner.catalog import gpu_names, pipeline_names
+from pipefit.strategies import BUILT_IN
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_strategies_is_the_list_of_strategies() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", README, flags=re.MULTILINE)
+    assert dict(rows) == {one.name: one.quality.value for one in BUILT_IN}
+
+
+def test_every_command_shown_exists() -> None:
+    blocks = "\n".join(README.split("```")[1::2])
+    shown = set(re.findall(r"^pipefit (\w+)", blocks, flags=re.MULTILINE))
+    assert shown == set(get_command(cli.app).commands)
+
+
+def test_the_catalogue_is_as_large_as_it_says() -> None:
+    assert f"{len(pipeline_names())} pipelines, {len(gpu_names())} GPUs" in README
