@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from small_pipelines import SMALL_PIPELINES
+from tests.small_pipelines import SMALL_PIPELINES
 
 from pipefit.errors import InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.build import BuiltInfo, build_pipeline

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small_pipelines import SMALL_PIPELINES, small_call
+from tests.small_pipelines import SMALL_PIPELINES, small_call
 
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.build import build_pipeline

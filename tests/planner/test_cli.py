@@ -186,7 +186,7 @@ def test_a_prediction_is_of_exactly_what_was_asked(capsys) -> None:
 @pytest.mark.slow
 def test_run_writes_the_picture(capsys, tmp_path: Path) -> None:
     from PIL import Image
-    from small_pipelines import stable_diffusion
+    from tests.small_pipelines import stable_diffusion
 
     stable_diffusion().save_pretrained(tmp_path / "model")
     out = tmp_path / "picture.png"

@@ -205,7 +205,7 @@ def test_the_second_call_reads_what_the_first_one_made(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_trace_comes_back_whole(tmp_path: Path) -> None:
-    from small_pipelines import small_call, stable_diffusion_xl
+    from tests.small_pipelines import small_call, stable_diffusion_xl
 
     from pipefit.planner.trace import trace
     from pipefit.strategies import traits_of
