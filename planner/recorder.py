@@ -101,9 +101,10 @@ class _OutTensor:
     is_new: bool
     index: int
     """Into what the routine returns, or into the arguments' buffers."""
+    offset: int
+    """From the start of the buffer, or from the argument's first view of it."""
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
     dtype: torch.dtype
 
 
@@ -184,6 +185,9 @@ class Recorder(Observer):
         self._paths: dict[int, str] = {}
         self._structures: dict[int, int] = {}
         self._structure_numbers: dict[Any, int] = {}
+        self._with_hooks_below: set[int] = set()
+        """Modules (by id) whose submodules have hooks: called inside a component, these may hand
+        things past the arguments and the result, as transformers' collectors of hidden states do."""
         self._memories: dict[Any, _Memory] = {}
         self._value_dependent: set[Any] = set()
         self._changed_components: set[str] = set()
@@ -266,7 +270,7 @@ class Recorder(Observer):
         structure = (self._structure(module), entry) if self.remember else None
         given = _Given(structure in self._value_dependent)
         key = None
-        if self.remember:
+        if self.remember and (caller is self.root or id(module) not in self._with_hooks_below):
             with contextlib.suppress(_Unkeyable):
                 key = (structure, given.key(args), given.key(kwargs))
             memory = self._memories.get(key)
@@ -287,13 +291,12 @@ class Recorder(Observer):
         self.stack.pop()
         if not _same_attributes(module.__dict__, attributes):
             frame.remember = False
-            for outer in (frame, *self.stack):
-                self._structures.pop(id(outer.module), None)
+            self._forget_structure(module)
         alive = frame.alive()
         routine = self._close(frame, caller)
-        if repeatable is not None:
+        if repeatable is not None and routine not in self.entries:
             dtypes = tuple(tensor.dtype for tensor in _weights(module))
-            self.entries.setdefault(routine, Entry(path, entry, *repeatable, dtypes))
+            self.entries[routine] = Entry(path, entry, *repeatable, dtypes)
         if frame.value_read:
             self._value_dependent.add(structure)
         if key is not None and frame.remember and (given.by_value or not frame.value_read):
@@ -314,9 +317,9 @@ class Recorder(Observer):
         made = {id(b): i for i, b in enumerate(alive)}
         used: set[int] = set()
         try:
-            spec = _output_spec(output, made, given.numbers, used)
+            spec = _output_spec(output, made, given, used)
             containers = tuple(
-                (i, _output_spec(container, made, given.numbers, used))
+                (i, _output_spec(container, made, given, used))
                 for i, container in given.changed_containers()
             )
         except _Unkeyable:
@@ -435,6 +438,10 @@ class Recorder(Observer):
                 elif name == "_modules":
                     children = ((n, self._structure(m)) for n, m in value.items() if m is not None)
                     parts.append(tuple(children))
+                    if any(self._has_hooks(m) for m in value.values()):
+                        self._with_hooks_below.add(id(module))
+                elif name in _HOOKS or isinstance(value, _Method):
+                    pass  # hooks run around every call, remembered or not
                 elif name not in _EVERY_MODULE or value:
                     parts.append((name, _attribute_key(value)))
             number = self._structure_numbers.setdefault(tuple(parts), len(self._structure_numbers))
@@ -444,6 +451,19 @@ class Recorder(Observer):
     def forget_structures(self) -> None:
         """Look at all modules again before the next call: somebody has changed some."""
         self._structures.clear()
+        self._with_hooks_below.clear()
+
+    def _forget_structure(self, module: torch.nn.Module) -> None:
+        """Look at *module*, what is below it and what is calling it again before the next call."""
+        for part in (*module.modules(), *(frame.module for frame in self.stack)):
+            self._structures.pop(id(part), None)
+            self._with_hooks_below.discard(id(part))
+
+    def _has_hooks(self, module: torch.nn.Module | None) -> bool:
+        return module is not None and (
+            id(module) in self._with_hooks_below
+            or any(module.__dict__.get(name) for name in _HOOKS)
+        )
 
     def _notice_changed_weights(self, component: str) -> None:
         """Tell weights that the pipeline replaced (an upcast in ``__call__``) from its own tensors."""
@@ -458,8 +478,7 @@ class Recorder(Observer):
                 del self.root.live[buffer.number]
                 self.root.events[place] = ("w", component, buffer.num_bytes)
                 buffer.owner = component
-        for part in module.modules():
-            self._structures.pop(id(part), None)
+        self._forget_structure(module)
 
     # -- the whole
 
@@ -487,7 +506,22 @@ class Recorder(Observer):
         original = torch.nn.Module.__call__
 
         def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.call(module, "forward", functools.partial(original, module), args, kwargs)
+            attributes = module.__dict__
+            if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
+                run = functools.partial(original, module)
+                return self.call(module, "forward", run, args, kwargs)
+            if isinstance(attributes.get("forward"), _Method):  # a call within its own call
+                return original(module, *args, **kwargs)
+            forward = _Method(self, module, "forward", module.forward)
+            own = attributes.get("forward")
+            attributes["forward"] = forward
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                if own is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = own
 
         torch.nn.Module.__call__ = call_module  # type: ignore[method-assign]
         wrapped: list[tuple[Any, str]] = []
@@ -528,13 +562,15 @@ class _Method:
 class _Given:
     """The arguments of a call: their signature, the buffers and the mutable containers among them."""
 
-    __slots__ = ("_before", "_owners", "by_value", "containers", "numbers", "tensors")
+    __slots__ = ("_before", "_owners", "by_value", "containers", "numbers", "offsets", "tensors")
 
     def __init__(self, by_value: bool) -> None:
         self.by_value = by_value
         self.numbers: dict[int, int] = {}
         """id of a buffer -> its number among the arguments' buffers."""
         self.tensors: list[torch.Tensor] = []
+        self.offsets: list[int] = []
+        """Of the first view of each buffer."""
         self.containers: list[Any] = []
         self._owners: dict[tuple[int, int], int] = {}
         self._before: list[list[Any]] = []
@@ -548,10 +584,10 @@ class _Given:
             if number is None:
                 number = self.numbers[id(buffer)] = len(self.tensors)
                 self.tensors.append(value)
-            key = (
-                number, value.size(), value.stride(), value.storage_offset(), value.dtype,
-                buffer.device,
-            )  # fmt: skip
+                self.offsets.append(value.storage_offset())
+            # Offsets count from the buffer's first view: timesteps[1] is like timesteps[0].
+            offset = value.storage_offset() - self.offsets[number]
+            key = (number, value.size(), value.stride(), offset, value.dtype, buffer.device)
             return (key, value_signature(value)) if self.by_value else key
         if value is None or kind is bool or kind is int or kind is float or kind is str:
             return (kind, value)
@@ -625,6 +661,8 @@ def _weight_key(tensor: torch.Tensor | None) -> Any:
     return (tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 _EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
 """Attributes that every module has; of interest where they are not empty."""
 
@@ -666,28 +704,28 @@ def _same_attributes(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 # -- what a call leaves
 
 
-def _output_spec(
-    value: Any, made: Mapping[int, int], inputs: Mapping[int, int], used: set[int]
-) -> Any:
+def _output_spec(value: Any, made: Mapping[int, int], given: _Given, used: set[int]) -> Any:
     """Describe a call's output so that it can be made again from new buffers and other inputs."""
     if isinstance(value, VirtualTensor):
         buffer = buffer_of(value)
-        geometry = (tuple(value.size()), tuple(value.stride()), value.storage_offset(), value.dtype)
+        geometry = (tuple(value.size()), tuple(value.stride()), value.dtype)
         if id(buffer) in made:
             used.add(made[id(buffer)])
-            return _OutTensor(True, made[id(buffer)], *geometry)
-        if id(buffer) in inputs:
-            return _OutTensor(False, inputs[id(buffer)], *geometry)
+            return _OutTensor(True, made[id(buffer)], value.storage_offset(), *geometry)
+        if id(buffer) in given.numbers:
+            number = given.numbers[id(buffer)]
+            offset = value.storage_offset() - given.offsets[number]
+            return _OutTensor(False, number, offset, *geometry)
         if isinstance(buffer.owner, str):
             return _OutKept(value)
         raise _Unkeyable
     if isinstance(value, torch.Tensor):
         raise _Unkeyable
     if isinstance(value, Mapping):
-        parts = tuple(_output_spec(v, made, inputs, used) for v in value.values())
+        parts = tuple(_output_spec(v, made, given, used) for v in value.values())
         return _OutContainer(type(value), tuple(value), parts)
     if isinstance(value, (list, tuple)):
-        parts = tuple(_output_spec(v, made, inputs, used) for v in value)
+        parts = tuple(_output_spec(v, made, given, used) for v in value)
         return _OutContainer(type(value), None, parts)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -697,9 +735,10 @@ def _output_spec(
 def _output(spec: Any, new: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
     if isinstance(spec, _OutTensor):
         base = new[spec.index] if spec.is_new else inputs[spec.index]
+        offset = base.storage_offset() + spec.offset
         with torch._C._DisableTorchDispatch():
             view = torch.empty(0, dtype=spec.dtype, device="meta")
-            view.set_(base.untyped_storage(), spec.offset, spec.size, spec.stride)
+            view.set_(base.untyped_storage(), offset, spec.size, spec.stride)
         view.__class__ = VirtualTensor
         return view
     if isinstance(spec, _OutKept):

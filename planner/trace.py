@@ -26,6 +26,7 @@ from pipefit.cost_models.workload import (
 )
 from pipefit.errors import PipefitError, TraceError
 from pipefit.planner.recorder import GPU, Recorder, new_frame
+from pipefit.planner.shims import shimmed
 from pipefit.planner.virtual import VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, VirtualTensor, buffer_of
 
@@ -172,7 +173,7 @@ def trace(
         TraceError: if the pipeline's own call fails.
     """
     recorder = Recorder(compute_capability=compute_capability, remember=remember)
-    with recorder.machine, torch.no_grad():
+    with recorder.machine, shimmed(), torch.no_grad():
         twin = weightless(pipe, recorder.machine, in_place=in_place)
         prepare(twin)
         modules = {n: m for n, m in twin.components.items() if isinstance(m, torch.nn.Module)}

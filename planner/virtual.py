@@ -343,7 +343,7 @@ class VirtualMachine:
         targets: Sequence[Any],
     ) -> bool:
         """Do an in-place operator on known values too; False where they are not known after it."""
-        if _all_small(given):
+        if _all_small(given) and all(_has_own_values(t) for t in _flat(targets)):
             # The known values of an argument alias those of its buffer, so this writes them.
             _computed(operator.func, args, kwargs, known_value)
             return True
@@ -556,6 +556,13 @@ def _all_small(tensors: Iterable[Any]) -> bool:
     )
 
 
+def _has_own_values(tensor: torch.Tensor) -> bool:
+    """Whether each element of *tensor* has a known value of its own, to be written to."""
+    if not isinstance(tensor, VirtualTensor):
+        return True
+    return isinstance(buffer_of(tensor).value, torch.UntypedStorage)
+
+
 def _replaced_tensors(value: Any, replace: Any) -> Any:
     """Return an operator's arguments with every tensor replaced."""
     if isinstance(value, torch.Tensor):
@@ -634,9 +641,9 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
         )
     buffer = buffer_of(target)
     machine.observer.written(buffer)
-    value, own = known_value(source), known_value(target)
-    if value is not None and own is not None and _all_small((source, target)):
-        own.copy_(value)
+    value = known_value(source)
+    if value is not None and _has_own_values(target) and _all_small((source, target)):
+        known_value(target).copy_(value)
     elif value is not None and owns_storage(target):
         keep_value(target, value.expand(target.size()))
     else:
