@@ -1,8 +1,8 @@
-"""What a strategy is: one thing that changes memory or time, on one component or on the pipeline.
+"""What a strategy is: one thing that changes memory or time, on a component or on the pipeline.
 
-A strategy is a frozen object in a file of its own, listed in ``pipefit.strategies.BUILT_IN``. Nothing
-here or in a strategy's module imports torch or diffusers at the top: planning from a cached trace must
-not pay for them.
+A strategy is a frozen object in a file of its own, listed in ``pipefit.strategies.BUILT_IN``.
+Nothing here or in a strategy's module imports torch or diffusers at the top: planning from a cached
+trace must not pay for them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Quality(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """A strategy with its parameters on a component; ``component`` is None for the whole pipeline."""
+    """A strategy with its parameters on a component; None stands for the whole pipeline."""
 
     strategy: str
     component: str | None = None
@@ -52,7 +52,7 @@ class Option:
 
 
 class Strategy(Protocol):
-    """One strategy. ``options`` and ``placement`` are pure; ``apply`` and ``traits`` touch live objects."""
+    """One strategy. ``apply`` and ``traits`` touch live objects, everything else is pure."""
 
     @property
     def name(self) -> str:
@@ -66,25 +66,29 @@ class Strategy(Protocol):
 
     @property
     def quality(self) -> Quality:
-        """The best level at which this strategy may be used (single options may be worse: ``option_quality``)."""
+        """The best level at which this strategy may be used."""
         ...
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """Ask the live module (weightless or not) what :meth:`options` needs to know, as JSON values."""
+        """Ask the live module (weightless or not) what :meth:`options` needs, as JSON values."""
         ...
 
-    def options(self, component: Component, workload: Workload, gpu: Gpu) -> Sequence[Mapping[str, Any]]:
-        """Parameters of every option worth considering on *component*; empty where it does not apply."""
+    def options(
+        self, component: Component, workload: Workload, gpu: Gpu
+    ) -> Sequence[Mapping[str, Any]]:
+        """Parameters of every option worth considering on *component*; empty: none applies."""
         ...
 
     def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
-        """Why these parameters cannot be used on *component*, one sentence; None where they can."""
+        """Why these parameters cannot be used on *component*, one sentence; None: they can."""
         ...
 
     def placement(self, parameters: Mapping[str, Any]) -> Placement | None:
         """What the option means for weights; None for compute strategies."""
         ...
 
-    def apply(self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any) -> Undo:
+    def apply(
+        self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
+    ) -> Undo:
         """Put it in force on the live pipeline. If it raises, nothing was changed."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_more_budget_is_never_slower() -> None:
         for share in (4, 5, 6, 8, 12, 40)
     ]
     # Among times within 2 % the plan prefers less memory.
-    assert all(later <= earlier * 1.02 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later <= earlier * 1.02 for earlier, later in pairwise(times))
 
 
 def test_a_saved_plan_is_applied_to_its_pipeline_and_to_no_other() -> None:

@@ -133,7 +133,11 @@ def test_flux_on_an_8_gb_card_fits_and_says_why() -> None:
     assert plan.prediction.peak_vram[0].process_bytes <= 8 * 10**9
     assert all(option.reason for option in plan.options)
     assert plan.alternatives
-    assert {phase.name for phase in plan.prediction.phases} == {"encode_prompt", "denoise", "decode"}
+    assert {phase.name for phase in plan.prediction.phases} == {
+        "encode_prompt",
+        "denoise",
+        "decode",
+    }
 
 
 @pytest.mark.slow
