@@ -25,9 +25,7 @@ MACHINE = Machine(
             provenance={"total_bytes": "catalogue"},
         ),
     ),
-    host=Host(
-        total_bytes=64 * GIB, available_bytes=60 * GIB, pinnable_bytes=32 * GIB, num_cores=8
-    ),
+    host=Host(total_bytes=64 * GIB, available_bytes=60 * GIB, pinnable_bytes=32 * GIB, num_cores=8),
     notes=("Host RAM was not stated: 64.00 GiB is assumed.",),
 )
 
