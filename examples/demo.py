@@ -2,8 +2,8 @@
 
 1. Plan FLUX.1-dev, 24 GB of weights and more, for an 8 GB card.
 2. Plan SDXL at 3840x2160 for the same card.
-3. Build a small real pipeline of SDXL's classes with random weights, optimise it, run it on the CPU,
-   and compare its picture with the one that it makes untouched.
+3. Build a small real pipeline of SDXL's classes with random weights, optimise it, run it on the
+   CPU, and compare its picture with the one that it makes untouched.
 """
 
 from __future__ import annotations

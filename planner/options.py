@@ -138,7 +138,7 @@ class Pricing:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
-        """Options that made this workload out of the user's pipeline: a cast, for all candidates."""
+        """Options that made this workload out of the user's pipeline: a cast."""
         self.memory = MemoryModel(workload, gpu)
         self.latency = LatencyModel(workload, gpu)
         self._residency = model_offload_residency(workload)
