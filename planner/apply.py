@@ -20,7 +20,7 @@ from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, Unsupported
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import describe_component
 from pipefit.strategies import BUILT_IN, strategy, traits_of
-from pipefit.strategies.live import hooks_of, module_components
+from pipefit.strategies.live import device_restorer, hooks_of, module_components
 from pipefit.strategies.strategy import Option, Strategy, Undo
 
 REMEDY_BY_HOOK: Mapping[str, str] = {
@@ -117,6 +117,8 @@ def apply_options(
     _check_options(pipe, options)
     before = snapshot(pipe)
     undo = ExitStack()
+    if plan is not None:
+        _clear_unused(pipe, options, undo)
     for option in sorted(options, key=_order):
         try:
             undo.callback(
@@ -130,6 +132,17 @@ def apply_options(
             left = differences(before, snapshot(pipe))
             raise ApplyFailed(_failure(option, error, left)) from error
     return Applied(undo, device, plan)
+
+
+def _clear_unused(pipe: Any, options: Sequence[Option], undo: ExitStack) -> None:
+    """Take components that the plan does not place, because no call enters them, off the GPU."""
+    placed = {option.component for option in options}
+    if None in placed:  # the whole pipeline is placed
+        return
+    for name, module in module_components(pipe).items():
+        if name not in placed:
+            undo.callback(device_restorer(module))
+            module.to("cpu")
 
 
 def _unsupported(module: Any) -> str | None:

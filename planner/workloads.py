@@ -27,6 +27,9 @@ from pipefit.strategies.strategy import Option
 
 Progress = Callable[[str], None]
 
+MAX_ATTRIBUTE_DEPTH = 3
+"""How deep attributes of a live module are followed when it is recognised again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
@@ -158,16 +161,20 @@ def state_digest(pipe: Any) -> str:
     def plain(value: Any, depth: int = 0) -> Any:
         if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
             return value
-        if depth < 3 and isinstance(value, (list, tuple, set, frozenset)):
-            return [plain(v, depth + 1) for v in value]
-        if depth < 3 and isinstance(value, Mapping):
-            return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+        if depth < MAX_ATTRIBUTE_DEPTH:
+            if isinstance(value, (list, tuple, set, frozenset)):
+                return [plain(v, depth + 1) for v in value]
+            if isinstance(value, Mapping):
+                return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+            if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+                # Attention processors, configurations: small objects that decide what is computed.
+                return [type(value).__qualname__, plain(vars(value), depth + 1)]
         return f"{type(value).__module__}.{type(value).__qualname__}"
 
+    add(plain(dict(pipe.config)))
     for name, part in sorted(pipe.components.items()):
-        add(name, type(part).__name__, plain(dict(getattr(part, "config", None) or {})
-                                             if isinstance(getattr(part, "config", None), Mapping)
-                                             else None))  # fmt: skip
+        config = getattr(part, "config", None)
+        add(name, type(part).__name__, plain(dict(config)) if isinstance(config, Mapping) else None)
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
                 own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
