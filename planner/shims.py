@@ -39,11 +39,14 @@ def _set_timesteps_on_cpu(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.config.timestep_type != "continuous":
+            return original(self, *args, **kwargs)
         device = kwargs.pop("device", None)
         if len(args) > 1:
             device, args = args[1], (args[0], *args[2:])
         original(self, *args, **kwargs)
         self.timesteps = self.timesteps.to(device)
+        return None
 
     return set_timesteps
 

@@ -670,7 +670,7 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     if home is not None and home.type == "cuda":
         machine.observer.launched(launch, operator.func, args, kwargs, out)
     if value is not None:
-        keep_value(out, value.to(dtype))
+        keep_value(out, value)
     return out
 
 

@@ -309,6 +309,17 @@ class _UniformArray(np.ndarray):
                 return np.broadcast_to(np.asarray(result), shape).view(_UniformArray)
         return getattr(ufunc, method)(*views, **kwargs)
 
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is np.stack and len(args) == 1 and set(kwargs) <= {"axis"}:
+            first, *rest = args[0]
+            if all(type(a) is _UniformArray and a.shape == first.shape for a in (first, *rest)):
+                ones = {a._one().item() for a in (first, *rest)}
+                axis = kwargs.get("axis", 0) % (first.ndim + 1)
+                if len(ones) == 1:
+                    shape = (*first.shape[:axis], len(rest) + 1, *first.shape[axis:])
+                    return _as_uniform(first._one(), shape)
+        return super().__array_function__(func, types, args, kwargs)
+
     def round(self, decimals: int = 0, out: Any = None) -> Any:
         return _as_uniform(np.round(self._one(), decimals), self.shape)
 
