@@ -146,7 +146,7 @@ def traces_folder() -> Path:
 
 
 def _identity(key: Mapping[str, Any]) -> str:
-    whole = {"key": key, "code": code_version(), "libraries": _library_versions()}
+    whole = {"key": key, "code": code_version(), "libraries": library_versions()}
     return json.dumps(whole, sort_keys=True)
 
 
@@ -171,7 +171,8 @@ def source_files() -> tuple[Path, ...]:
 
 
 @functools.cache
-def _library_versions() -> dict[str, str | None]:
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that decide a trace; None where one is missing."""
     versions: dict[str, str | None] = dict.fromkeys(LIBRARIES)
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):

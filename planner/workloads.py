@@ -21,7 +21,7 @@ from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
-from pipefit.planner.trace_cache import cached_trace
+from pipefit.planner.trace_cache import cached_trace, library_versions
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.strategy import Option
 
@@ -222,9 +222,9 @@ def _trace(
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,
         )
-        return replace(
-            workload, call={**shown, **{k: workload.call[k] for k in call if k in workload.call}}
-        )
+        given = {name: workload.call[name] for name in call if name in workload.call}
+        versions = {name: found for name, found in library_versions().items() if found}
+        return replace(workload, call={**shown, **given}, versions=versions)
 
     key = {
         **source.key,

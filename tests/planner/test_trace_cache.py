@@ -244,11 +244,11 @@ def test_another_library_version_is_another_entry(
     installed.mkdir()
     (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    trace_cache._library_versions.cache_clear()
+    trace_cache.library_versions.cache_clear()
     try:
         cached_trace({}, make, folder=tmp_path / "traces")
     finally:
-        trace_cache._library_versions.cache_clear()
+        trace_cache.library_versions.cache_clear()
     assert make.num_calls == 2
 
 
