@@ -65,7 +65,9 @@ def main(names: list[str] = typer.Argument(None), *, child: bool = False) -> Non
             continue
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {rows[-1]['build_s'] + rows[-1]['trace_s']:.1f} s", file=sys.stderr)
-    print(f"{'pipeline':36} {'total s':>8} {'build s':>8} {'trace s':>8} {'routines':>8} {'events':>8}")
+    print(
+        f"{'pipeline':36} {'total s':>8} {'build s':>8} {'trace s':>8} {'routines':>8} {'events':>8}"
+    )
     for row in sorted(rows, key=lambda r: r["build_s"] + r["trace_s"]):
         print(
             f"{row['name']:36} {row['build_s'] + row['trace_s']:8.2f} {row['build_s']:8.2f} "

@@ -1,7 +1,7 @@
-"""A GPU without a GPU: an operator on virtual tensors takes microseconds and is counted to the byte.
+"""A GPU without a GPU: operators on virtual tensors take microseconds and are counted to the byte.
 
-The tensors are those of :mod:`pipefit.planner.virtual_tensors`. Nothing is registered in the process:
-a dispatch mode sees every operator, and a set of replaced ``torch.cuda`` functions
+The tensors are those of :mod:`pipefit.planner.virtual_tensors`. Nothing is registered in the
+process: a dispatch mode sees every operator, and a set of replaced ``torch.cuda`` functions
 (:mod:`pipefit.planner.virtual_cuda`) answers in the thread that opened the machine.
 
 What a reader would get wrong: to C++ the tensors are meta tensors, but no operator is left to C++'s
@@ -182,7 +182,7 @@ class VirtualMachine:
             return func(*args, **kwargs)
         if operator.special is not None:
             return operator.special(self, operator, args, kwargs)
-        if operator.reads_value or operator.indexes and _has_mask(args[1]):
+        if operator.reads_value or (operator.indexes and _has_mask(args[1])):
             return self._data_dependent(operator, args, kwargs, given)
         if operator.composite:
             with self._mode:
@@ -391,7 +391,7 @@ class VirtualMachine:
 
 
 class _Mode(TorchDispatchMode):
-    # With this key on the stack, torch's C++ does not initialise CUDA for `device="cuda"` factories.
+    # With this key on the stack, C++ does not initialise CUDA for `device="cuda"` factories.
     _mode_key = torch._C._TorchDispatchModeKey.FAKE
 
     def __init__(self, machine: VirtualMachine) -> None:

@@ -239,7 +239,9 @@ def test_another_thread_sees_the_real_machine(machine: VirtualMachine) -> None:
 
 def machine_free_answer() -> bool:
     """Whether torch was built for CUDA and finds a device, asked past the replacements."""
-    return torch._C._cuda_getDeviceCount() > 0 if hasattr(torch._C, "_cuda_getDeviceCount") else False
+    return (
+        torch._C._cuda_getDeviceCount() > 0 if hasattr(torch._C, "_cuda_getDeviceCount") else False
+    )
 
 
 def test_attention_allocates_what_the_kernels_do(machine: VirtualMachine) -> None:

@@ -1,0 +1,232 @@
+"""The trace against real runs, and remembered calls against executed ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel
+from tests.planner.timelines import peak_bytes, timeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipefit.cost_models.workload import Workload
+from pipefit.errors import TraceError
+from pipefit.planner.trace import trace
+
+
+class Pipeline:
+    """The least that ``trace`` needs of a pipeline: components and a call."""
+
+    def __init__(self, run: Callable[..., Any], **components: torch.nn.Module) -> None:
+        self.run = run
+        self.names = tuple(components)
+        self.__dict__.update(components)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.names}
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.run(self, **arguments)
+
+
+def traced(run: Callable[..., Any], remember: bool = True, **components: Any) -> Workload:
+    return trace(Pipeline(run, **components), {}, remember=remember)
+
+
+def both_ways(run: Callable[..., Any], build: Callable[[], torch.nn.Module]) -> Workload:
+    """Trace with and without remembering; the timelines must be equal."""
+    remembered, executed = (traced(run, remember, net=build()) for remember in (True, False))
+    assert peak_bytes(remembered) == peak_bytes(executed)
+    assert list(timeline(remembered)) == list(timeline(executed))
+    return remembered
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the storages that a real run makes while they live."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.untyped_storage().seen = True
+
+    def free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(o, torch.Tensor) and not hasattr(o.untyped_storage(), "seen"):
+                storage = o.untyped_storage()
+                storage.seen = True
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+
+def small_vae() -> AutoencoderKL:
+    blocks = 2
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+    ).eval()
+
+
+def small_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def decode(pipe: Any) -> Any:
+    return pipe.net.decode(torch.zeros(1, 4, 16, 16, device=pipe.net.device)).sample
+
+
+def denoise(pipe: Any) -> Any:
+    device = pipe.net.device
+    latents = torch.zeros(2, 4, 16, 16, device=device)
+    for t in torch.arange(3, device=device):
+        latents = latents - pipe.net(latents, t, torch.zeros(2, 7, 32, device=device)).sample
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("run", "build"), [(decode, small_vae), (denoise, small_unet)], ids=["vae", "unet"]
+)
+def test_the_peak_equals_a_real_runs(run: Any, build: Any) -> None:
+    net = build()
+    real = LiveBytes(net)
+    with torch.no_grad(), real:
+        run(Pipeline(run, net=net))
+    # CPU attention keeps one fp32 number a row that CUDA's memory-efficient kernel does not.
+    assert peak_bytes(traced(run, net=net)) == pytest.approx(real.peak, rel=0.002)
+
+
+def test_remembered_denoising_equals_executed() -> None:
+    workload = both_ways(denoise, small_unet)
+    calls = [e[1] for e in workload.root if e[0] == "c"]
+    assert len(calls) == 3
+    assert len(set(calls)) == 1
+
+
+def test_remembered_frames_with_a_cache_equal_executed() -> None:
+    """The Wan decoder keeps the last frames of every convolution in a list that it is given."""
+
+    def build() -> AutoencoderKLWan:
+        return AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+                                latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()  # fmt: skip
+
+    def run(pipe: Any) -> Any:
+        return pipe.net.decode(torch.zeros(1, 4, 7, 4, 4, device=pipe.net.device)).sample
+
+    workload = both_ways(run, build)
+    decoder = [r for r in workload.routines if r.module_class == "WanDecoder3d"]
+    assert len(decoder) <= 4
+
+
+class Branching(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if t.item() > 1 else torch.cat([x, self.linear(x)])
+
+
+def test_value_dependent_code_is_executed_again() -> None:
+    def run(pipe: Any) -> None:
+        for t in torch.arange(4, device="cpu"):
+            pipe.net(torch.zeros(2, 8, device=pipe.net.linear.weight.device), t)
+
+    workload = both_ways(run, Branching)
+    assert len({e[1] for e in workload.root if e[0] == "c"}) == 2
+
+
+class Keeping(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = x * 2
+        return x + 1
+
+
+def test_a_module_that_keeps_something_is_executed_again() -> None:
+    def run(pipe: Any) -> None:
+        for _ in range(3):
+            pipe.net(torch.zeros(4, device="cuda" if pipe.run is run else "cpu"))
+
+    both_ways(run, Keeping)
+
+
+SEEN: list[torch.Tensor] = []
+
+
+class Hooked(torch.nn.Module):
+    """Collects its layers' outputs past their results, as transformers does hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        for layer in self.layers:
+            layer.register_forward_hook(lambda module, args, out: SEEN.append(out))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        SEEN.clear()
+        for layer in self.layers:
+            x = layer(x)
+        collected = tuple(SEEN)
+        SEEN.clear()
+        return collected
+
+
+def test_forward_hooks_run_around_remembered_calls() -> None:
+    def run(pipe: Any) -> None:
+        for _ in range(2):
+            out = pipe.net(torch.zeros(4, 8, device=pipe.net.layers[0].weight.device))
+            assert len(out) == 3
+
+    both_ways(run, Hooked)
+
+
+def test_an_upcast_inside_the_call_changes_weights_not_tensors() -> None:
+    def run(pipe: Any) -> None:
+        pipe.net.to(torch.float32)
+        pipe.net(torch.zeros(2, 8, device=pipe.net.weight.device))
+
+    workload = traced(run, net=torch.nn.Linear(8, 8, dtype=torch.float16))
+    changes = [e[2] for e in workload.root if e[0] == "w"]
+    assert sum(changes) == (64 + 8) * 2
+    assert peak_bytes(workload) == 2 * 8 * 4 * 2
+
+
+def test_a_failing_call_raises_trace_error() -> None:
+    def run(pipe: Any) -> None:
+        raise ValueError("no prompt")
+
+    with pytest.raises(TraceError, match="no prompt"):
+        traced(run, net=torch.nn.Linear(2, 2))
+
+
+def test_the_live_pipeline_is_untouched() -> None:
+    net = small_unet()
+    pipe = Pipeline(denoise, net=net)
+    weights = [(id(p), p.data_ptr()) for p in net.parameters()]
+    with torch.no_grad():
+        before = pipe()
+    trace(pipe, {})
+    with torch.no_grad():
+        assert torch.equal(pipe(), before)
+    assert [(id(p), p.data_ptr()) for p in net.parameters()] == weights
