@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def build_pipeline(
     models = [name for name, cls in classes.items() if issubclass(cls, torch.nn.Module)]
     dtypes = _load_dtypes(blueprint.dtype, dtype, models)
     components: dict[str, Any] = dict.fromkeys(blueprint.parts)
-    with _quiet():
+    with quietly():
         for name, cls in classes.items():
             components[name] = _build_part(name, cls, blueprint.parts[name], dtypes.get(name))
         pipe = _assemble(pipeline_class, components, blueprint.options)
@@ -511,14 +512,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' remarks about unknown configuration keys to themselves."""
+def quietly() -> Iterator[None]:
+    """Keep the libraries' remarks to themselves: about configuration keys, casts, deprecations.
+
+    They are meant for whoever wrote a call; here a call is only played through.
+    """
     loggings = (diffusers.utils.logging, transformers.utils.logging)
     before = [logging.get_verbosity() for logging in loggings]
     for logging in loggings:
         logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logging, level in zip(loggings, before, strict=True):
             logging.set_verbosity(level)

@@ -197,18 +197,38 @@ def _trace(
     """Return the workload, from the cache where it is there."""
 
     def make() -> Workload:
-        from pipefit.planner.call import default_inputs, resolve_call_defaults
-        from pipefit.planner.trace import GPU, trace
-
         say(f"tracing {source.name}{' in 16 bits' if casts else ''} …")
+        return _execute(source, call, gpu, policy, casts)
+
+    key = {
+        **source.key,
+        "call": {k: _described(v) for k, v in call.items()},
+        "casts": to_json(tuple(casts)),
+        "compute_capability": gpu.compute_capability,
+        "architecture": gpu.architecture,
+        "quality": policy.quality.value,
+        "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
+        "forbidden": sorted(policy.forbidden),
+    }
+    return cached_trace(json.loads(json.dumps(key, default=str)), make)
+
+
+def _execute(
+    source: _Source, call: Mapping[str, Any], gpu: Gpu, policy: Policy, casts: Sequence[Option]
+) -> Workload:
+    """Get the pipeline, complete the call and trace it with all variants worth considering."""
+    from pipefit.planner.build import quietly
+    from pipefit.planner.call import default_inputs, resolve_call_defaults
+    from pipefit.planner.trace import GPU, trace
+
+    def cast(twin: Any) -> None:
+        for option in casts:
+            strategy(option.strategy).apply(twin, option.component, option.parameters, GPU)
+
+    with quietly():
         pipe, entry = source.get()
         arguments = default_inputs(pipe, entry, call)
         shown = resolve_call_defaults(pipe, arguments)
-
-        def cast(twin: Any) -> None:
-            for option in casts:
-                strategy(option.strategy).apply(twin, option.component, option.parameters, GPU)
-
         workload = trace(
             pipe,
             arguments,
@@ -222,21 +242,9 @@ def _trace(
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,
         )
-        given = {name: workload.call[name] for name in call if name in workload.call}
-        versions = {name: found for name, found in library_versions().items() if found}
-        return replace(workload, call={**shown, **given}, versions=versions)
-
-    key = {
-        **source.key,
-        "call": {k: _described(v) for k, v in call.items()},
-        "casts": to_json(tuple(casts)),
-        "compute_capability": gpu.compute_capability,
-        "architecture": gpu.architecture,
-        "quality": policy.quality.value,
-        "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
-        "forbidden": sorted(policy.forbidden),
-    }
-    return cached_trace(json.loads(json.dumps(key, default=str)), make)
+    given = {name: workload.call[name] for name in call if name in workload.call}
+    versions = {name: found for name, found in library_versions().items() if found}
+    return replace(workload, call={**shown, **given}, versions=versions)
 
 
 def _described(value: Any) -> Any:
