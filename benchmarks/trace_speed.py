@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import typer
-
 
 def measure(name: str) -> dict[str, object]:
     """Trace one catalogue pipeline at its default call in this process."""
@@ -47,7 +45,7 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
-def main(names: list[str] = typer.Argument(None), *, child: bool = False) -> None:
+def main(names: list[str], *, child: bool) -> None:
     """Print a table; one line a pipeline, slowest last."""
     if child:
         print(json.dumps(measure(names[0])))
@@ -66,7 +64,8 @@ def main(names: list[str] = typer.Argument(None), *, child: bool = False) -> Non
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {rows[-1]['build_s'] + rows[-1]['trace_s']:.1f} s", file=sys.stderr)
     print(
-        f"{'pipeline':36} {'total s':>8} {'build s':>8} {'trace s':>8} {'routines':>8} {'events':>8}"
+        f"{'pipeline':36} {' total s':>8} {' build s':>8} {' trace s':>8}"
+        f" {'routines':>8} {'events':>8}"
     )
     for row in sorted(rows, key=lambda r: r["build_s"] + r["trace_s"]):
         print(
@@ -76,4 +75,4 @@ def main(names: list[str] = typer.Argument(None), *, child: bool = False) -> Non
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main([a for a in sys.argv[1:] if a != "--child"], child="--child" in sys.argv)

@@ -1,12 +1,12 @@
 """Writes down what a pipeline does on a virtual machine, as routines that call each other.
 
-Every module call is a subroutine of the trace. One that was seen before is not executed again: its
-outputs are made from the remembered ones, so fifty steps, sixty equal blocks or two hundred tiles
-cost one. *Seen before* means: a module of equal structure, arguments of equal geometry (and of equal
-values, if values were read or are known of what it returns). A remembered call may write into its
-arguments, fill lists and dictionaries that it was given, and free what was in them: all that is done
-again. Not remembered is a call that changed attributes of a module, or that left something alive
-which can be reached neither from its result nor from its arguments.
+Every module call is a subroutine of the trace. One that was seen before is not executed again:
+its outputs are made from the remembered ones, so fifty steps, sixty equal blocks or two hundred
+tiles cost one. *Seen before* means: a module of equal structure, arguments of equal geometry (and
+of equal values, if values were read or are known of what it returns). A remembered call may write
+into its arguments, fill lists and dictionaries that it was given, and free what was in them: all
+that is done again. Not remembered is a call that changed attributes of a module, or that left
+something alive which can be reached neither from its result nor from its arguments.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Recorder(Observer):
         self._structure_numbers: dict[Any, int] = {}
         self._with_hooks_below: set[int] = set()
         """Modules (by id) whose submodules have hooks: called inside a component, these may hand
-        things past the arguments and the result, as transformers' collectors of hidden states do."""
+        things past the arguments and the result, as transformers' hidden states."""
         self._memories: dict[Any, _Memory] = {}
         self._value_dependent: set[Any] = set()
         self._changed_components: set[str] = set()
@@ -466,7 +466,7 @@ class Recorder(Observer):
         )
 
     def _notice_changed_weights(self, component: str) -> None:
-        """Tell weights that the pipeline replaced (an upcast in ``__call__``) from its own tensors."""
+        """Tell weights that the pipeline replaced (an upcast inside) from its own tensors."""
         if component not in self._changed_components:
             return
         self._changed_components.discard(component)
@@ -560,7 +560,7 @@ class _Method:
 
 
 class _Given:
-    """The arguments of a call: their signature, the buffers and the mutable containers among them."""
+    """The arguments of a call: their signature, and the buffers and containers among them."""
 
     __slots__ = ("_before", "_owners", "by_value", "containers", "numbers", "offsets", "tensors")
 
@@ -627,9 +627,11 @@ class _Given:
         for i, (container, before) in enumerate(pairs):
             now = list(container.values()) if isinstance(container, dict) else container
             names = list(container) if isinstance(container, dict) else None
-            if names != before[0] or len(now) != len(before) - 1:
-                yield i, container
-            elif any(_held(b) is not n for b, n in zip(before[1:], now, strict=True)):
+            if (
+                names != before[0]
+                or len(now) != len(before) - 1
+                or any(_held(b) is not n for b, n in zip(before[1:], now, strict=True))
+            ):
                 yield i, container
 
 
@@ -756,7 +758,7 @@ def _output(spec: Any, new: Sequence[torch.Tensor], inputs: Sequence[torch.Tenso
 
 
 def _kept_argument(value: Any) -> Any:
-    """Return *value* with its tensors replaced by their geometry, so that it keeps nothing alive."""
+    """Return *value* with its tensors replaced by geometry, so that it keeps nothing alive."""
     if isinstance(value, torch.Tensor):
         known = known_value(value)
         return _ArgTensor(

@@ -23,8 +23,8 @@ def _causal_attention_mask(
 ) -> torch.Tensor:
     """HunyuanVideo 1.5's mask, a frame at a time.
 
-    The original writes row by row: 49,290 launches for 121 frames of 480p. The bytes written are the
-    same; the time to launch them, a quarter of a second on a fast host, is not counted.
+    The original writes row by row: 49,290 launches for 121 frames of 480p. The bytes written are
+    the same; the time to launch them, a quarter of a second on a fast host, is not counted.
     """
     length = n_frame * n_hw
     mask = torch.full((length, length), float("-inf"), dtype=dtype, device=device)

@@ -1,9 +1,9 @@
 """Symbolic execution of the user's own call: what happens, without weights, in seconds.
 
-The pipeline's real ``__call__`` runs on a :class:`~pipefit.planner.virtual.VirtualMachine`, with its own
-schedulers, guidance and tokenisers; a :class:`~pipefit.planner.recorder.Recorder` writes down what it
-does. Only the weights are missing. Values that only weights give read as zero, and the workload's
-assumptions say where.
+The pipeline's real ``__call__`` runs on a :class:`~pipefit.planner.virtual.VirtualMachine`, with
+its own schedulers, guidance and tokenisers; a :class:`~pipefit.planner.recorder.Recorder` writes
+down what it does. Only the weights are missing. Values that only weights give read as zero, and
+the workload's assumptions say where.
 """
 
 from __future__ import annotations
@@ -163,11 +163,12 @@ def trace(
 ) -> Workload:
     """Execute ``pipe(**call)`` symbolically and return what happened.
 
-    *pipe* may have its weights on the CPU, on a GPU or on the meta device and is left as it is unless
-    *in_place*. *variants* is asked, once the plain call is traced, which components to trace again
-    under which compute strategies; *apply_variant* puts those in force on the twin and returns how
-    to take them back. *prepare* may change the twin before anything is recorded (a cast, as a load with
-    another dtype would have made it). With *remember* off every call is executed (slow; for tests).
+    *pipe* may have its weights on the CPU, on a GPU or on the meta device and is left as it is
+    unless *in_place*. *variants* is asked, once the plain call is traced, which components to
+    trace again under which compute strategies; *apply_variant* puts those in force on the twin
+    and returns how to take them back. *prepare* may change the twin before anything is recorded
+    (a cast, as a load with another dtype would have made it). With *remember* off every call is
+    executed (slow; for tests).
 
     Raises:
         TraceError: if the pipeline's own call fails.
@@ -220,7 +221,7 @@ def _trace_variant(
     parts: VariantParts,
     apply_variant: Callable[[Any, str, VariantParts], Callable[[], None]] | None,
 ) -> dict[int, int]:
-    """Call *component* again as the pipeline did, under *parts*; {plain routine: its replacement}."""
+    """Call *component* again as the pipeline did, under *parts*; {routine: replacement}."""
     assert apply_variant is not None, "variants need a way to apply them"
     module = recorder.components[component]
     undo = apply_variant(twin, component, parts)
@@ -270,7 +271,8 @@ def _workload(
         for (component, entry), ordinals in grouped.items()
     )
     assumptions = tuple(
-        f"{where} reads {count} value{'s' if count > 1 else ''} that only real weights give; zero was taken."
+        f"{where} reads {count} value{'s' if count > 1 else ''} that only real weights give; "
+        "zero was taken."
         for where, count in sorted(recorder.unknown_reads.items())
     )
     return Workload(

@@ -1,8 +1,8 @@
 """What is replaced in torch while a virtual machine is open, and put back when it closes.
 
-Three kinds: questions about GPUs (``torch.cuda.*``), constructors that would initialise CUDA past the
-dispatcher (``torch.tensor``, ``torch.Generator``), and two composites that choose their kernel by the
-device they see (attention and RMS norm). In other threads the originals answer.
+Three kinds: questions about GPUs (``torch.cuda.*``), constructors that would initialise CUDA past
+the dispatcher (``torch.tensor``, ``torch.Generator``), and two composites that choose their
+kernel by the device they see (attention and RMS norm). In other threads the originals answer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ aten = torch.ops.aten
 FLASH_MAX_HEAD_DIM = 256
 """Largest head dimension of torch's flash attention kernel, elements.
 
-Source: ``check_head_dim_size_flash`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13.
+Source: ``check_head_dim_size_flash`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
+torch 2.13.
 """
 EFFICIENT_BIAS_ALIGNMENT_ELEMENTS = 8
 """The memory-efficient kernel copies a bias whose last dimension is not a multiple of this.
 
-Source: ``pad_bias`` in aten/src/ATen/native/transformers/attention.cpp, torch 2.13 (alignment 8 on CUDA).
+Source: ``pad_bias`` in aten/src/ATen/native/transformers/attention.cpp, torch 2.13 (alignment 8
+on CUDA).
 """
 FLASH_HEAD_DIM_ALIGNMENT_ELEMENTS = 8
 """Flash attention pads head dimensions to a multiple of this.
@@ -48,7 +50,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What CUDA's scaled_dot_product_attention allocates: flash where it can, else memory-efficient."""
+    """What CUDA's attention allocates: flash where it can, else memory-efficient."""
     first = next(t for t in (query, key, value) if isinstance(t, VirtualTensor))
     capability = buffer_of(first).machine.compute_capability
     flash = (
@@ -111,7 +113,7 @@ def _announce(func: Any, args: Any, out: VirtualTensor) -> None:
 def _rms_norm(
     original: Any, x: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
 ) -> torch.Tensor:
-    """CUDA's fused kernel: the result and one fp32 statistic a row; mixed dtypes fall back to parts."""
+    """CUDA's fused kernel: the result and a statistic a row; mixed dtypes fall back to parts."""
     if not isinstance(x, VirtualTensor) or (weight is not None and weight.dtype != x.dtype):
         return original(x, normalized_shape, weight, eps)
     machine = buffer_of(x).machine
@@ -230,7 +232,7 @@ def _new_tensor(machine: Any, original: Any, data: Any, *args: Any, **kwargs: An
 
 @contextlib.contextmanager
 def replaced(machine: Any) -> Iterator[None]:
-    """Put the replacements in place for this thread; other threads fall through to the originals."""
+    """Put the replacements in place for this thread; others get the originals."""
     thread = threading.get_ident()
     saved: list[tuple[Any, str, Any]] = []
 

@@ -112,9 +112,10 @@ _UNARY_WITH_NUMBERS = {"aten::pow", "aten::clamp", "aten::clamp_min", "aten::cla
 def _with_iterator_strides(made: Any, args: Sequence[Any]) -> Any:
     """Give a tensor combined with a scalar the strides that TensorIterator gives it on CUDA.
 
-    The meta kernels normalise the stride of a size-1 dimension there; CUDA keeps it, and that decides
-    between channels_last and contiguous for everything downstream at batch size 1. Operators on one
-    tensor, or on several of one shape, take TensorIterator's fast path, which meta shares.
+    The meta kernels normalise the stride of a size-1 dimension there; CUDA keeps it, and that
+    decides between channels_last and contiguous for everything downstream at batch size 1.
+    Operators on one tensor, or on several of one shape, take TensorIterator's fast path, which
+    meta shares.
     """
     tensors = [t for t in _tensors(args) if t.dim() > 0]
     scalars = [

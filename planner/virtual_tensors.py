@@ -43,7 +43,7 @@ class Observer:
 
 
 class Launch:
-    """One operator on one geometry: what it returns, and room for what an observer derives of it."""
+    """One operator on one geometry: what it returns, and what an observer derives of it."""
 
     __slots__ = ("kernel", "outputs")
 
@@ -80,10 +80,10 @@ class Buffer:
     def __init__(self, machine: Machine, device: torch.device | None, num_bytes: int) -> None:
         self.machine = machine
         self.device = device
-        """None for what a C++ composite made on its own account, until a kernel puts it somewhere."""
+        """None for what a C++ composite made for itself, until a kernel puts it somewhere."""
         self.num_bytes = num_bytes
         self.value: torch.UntypedStorage | torch.Tensor | None = None
-        """The same bytes on the CPU, or the 0-dim tensor that fills the buffer, or None: unknown."""
+        """The same bytes on the CPU, or the 0-dim tensor that fills it, or None: unknown."""
         self.owner: Any = None
         """Set by the observer, like *number*; whoever counts this buffer."""
         self.number = -1

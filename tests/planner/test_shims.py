@@ -16,8 +16,8 @@ def test_what_a_shim_replaces_exists(module: str, attribute: str) -> None:
     owner, name = attribute.split(".")
     found = getattr(importlib.import_module(module), owner, None)
     assert name in vars(found or object), (
-        f"{module}.{attribute} is gone in diffusers {diffusers.__version__}; the shim was written for "
-        f"{MADE_FOR_DIFFUSERS}: see whether it is still needed."
+        f"{module}.{attribute} is gone in diffusers {diffusers.__version__}; the shim "
+        f"was written for {MADE_FOR_DIFFUSERS}: see whether it is still needed."
     )
 
 

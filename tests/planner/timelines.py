@@ -11,7 +11,8 @@ from pipefit.cost_models.workload import Workload
 def timeline(workload: Workload) -> Iterator[tuple[Any, ...]]:
     """Yield every allocation, free and launch of the call in order, subroutines written out.
 
-    ``("a", bytes, identity)``, ``("f", bytes, identity)``, ``("k", kernel)``, ``("w", component, bytes)``.
+    ``("a", bytes, identity)``, ``("f", bytes, identity)``, ``("k", kernel)``, ``("w", component,
+    bytes)``.
     """
     counter = 0
 
