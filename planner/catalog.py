@@ -291,7 +291,7 @@ def reference_machine(
     for index, (name, unified_bytes) in enumerate(resolved):
         gpu = replace(_gpu(name, ram_bytes or unified_bytes), index=index)
         found.append(_with_nominal_rates(_in_slot(gpu, pcie) if pcie else gpu))
-    host, notes = _host(resolved, ram_bytes)
+    host, notes = _host(resolved, ram_bytes, is_server=all(gpu.server for gpu in found))
     return Machine(gpus=tuple(found), host=host, links=_links(found), notes=notes)
 
 
@@ -333,7 +333,7 @@ def _with_nominal_rates(gpu: Gpu) -> Gpu:
 
 
 def _host(
-    resolved: Sequence[tuple[str, int | None]], ram_bytes: int | None
+    resolved: Sequence[tuple[str, int | None]], ram_bytes: int | None, *, is_server: bool
 ) -> tuple[Host, tuple[str, ...]]:
     """The host, and what was assumed about it."""
     notes: tuple[str, ...] = ()
@@ -345,10 +345,12 @@ def _host(
     total_bytes = ram_bytes or max(shared_bytes, default=DEFAULT_RAM_BYTES)
     if ram_bytes is None:
         notes = (f"Host RAM was not stated: {format_bytes(total_bytes)} is assumed.",)
+    available_bytes = total_bytes - min(SYSTEM_RAM_BYTES, total_bytes // 4)
     host = Host(
         total_bytes=total_bytes,
-        available_bytes=total_bytes - min(SYSTEM_RAM_BYTES, total_bytes // 4),
-        pinnable_bytes=int(total_bytes * PINNABLE_SHARE),
+        available_bytes=available_bytes,
+        # Data-centre parts run under Linux, which has no bound of its own.
+        pinnable_bytes=available_bytes if is_server else int(total_bytes * PINNABLE_SHARE),
         num_cores=DEFAULT_NUM_CORES,
         provenance=dict.fromkeys(
             ("total_bytes", "available_bytes", "pinnable_bytes", "num_cores", "disk_bytes_per_s"),

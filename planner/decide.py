@@ -166,7 +166,9 @@ def decide(
         machine=machine,
         policy=policy,
         options=options,
-        prediction=replace(prediction, assumptions=(*policy.notes, *prediction.assumptions)),
+        prediction=replace(
+            prediction, assumptions=(*policy.notes, *machine.notes, *prediction.assumptions)
+        ),
         quality=quality_of(options),
         next_quality=_next_gain(best, limits, policy, lower),
         alternatives=_rejected(candidates, limits, best),

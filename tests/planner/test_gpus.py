@@ -241,3 +241,8 @@ def test_a_slot_that_does_not_exist_is_refused(pcie: tuple[int, int]) -> None:
 def test_a_machine_without_a_gpu_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="at least one"):
         reference_machine([])
+
+
+def test_a_server_may_page_lock_all_that_is_available() -> None:
+    host = reference_machine(["a100-80gb"]).host
+    assert host.pinnable_bytes == host.available_bytes
