@@ -205,13 +205,17 @@ def apply(pipe: Any, plan: Plan) -> Applied:
     gpu = next(g for g in plan.machine.gpus if g.index == min(plan.policy.budget_bytes))
     device = _torch_device(gpu)
     applied = apply_options(pipe, plan.options, device, plan=plan)
-    applied.also_undo(
-        hold_to_budget(
-            device,
-            budget_bytes=plan.policy.budget_bytes[gpu.index],
-            context_bytes=plan.prediction.peak_vram[0].context_bytes,
+    try:
+        applied.also_undo(
+            hold_to_budget(
+                device,
+                budget_bytes=plan.policy.budget_bytes[gpu.index],
+                context_bytes=plan.prediction.peak_vram[0].context_bytes,
+            )
         )
-    )
+    except BaseException:
+        applied.undo()
+        raise
     return applied
 
 
