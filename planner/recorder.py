@@ -23,21 +23,28 @@ import torch
 
 from pipefit.cost_models.workload import Kernel, Routine
 from pipefit.planner.kernels import kernel_of
+from pipefit.planner.signatures import (
+    GPU,
+    Given,
+    Unkeyable,
+    attribute_key,
+    given_again,
+    kept_argument,
+    make_output,
+    output_spec,
+    refill,
+    same_attributes,
+    weight_key,
+)
 from pipefit.planner.virtual import VirtualMachine
 from pipefit.planner.virtual_tensors import (
-    KNOWN_VALUE_LIMIT_ELEMENTS,
     UNSEEN,
     Buffer,
     Launch,
     Observer,
     VirtualTensor,
     buffer_of,
-    keep_value,
-    known_value,
-    value_signature,
 )
-
-GPU = torch.device("cuda", 0)
 
 ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
 """Methods besides ``forward`` by which pipelines enter a component."""
@@ -49,8 +56,10 @@ They are 85 % of the operators of a tiled video decode and their temporaries are
 """
 
 
-class _Unkeyable(Exception):
-    """A value whose identity a signature cannot express."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
+"""Attributes that every module has; of interest where they are not empty."""
 
 
 class _Frame:
@@ -96,41 +105,6 @@ class _Memory:
     value_read: bool
 
 
-@dataclass(frozen=True)
-class _OutTensor:
-    is_new: bool
-    index: int
-    """Into what the routine returns, or into the arguments' buffers."""
-    offset: int
-    """From the start of the buffer, or from the argument's first view of it."""
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _OutKept:
-    tensor: torch.Tensor  # a weight, or a view of one
-
-
-@dataclass(frozen=True)
-class _OutContainer:
-    cls: type
-    names: tuple[Any, ...] | None
-    items: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _ArgTensor:
-    """An argument's geometry, kept so that a component call can be repeated under a variant."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    value: torch.Tensor | None
-
-
 def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -164,7 +138,7 @@ class Entry:
 
     def arguments(self, machine: VirtualMachine) -> tuple[Any, Any]:
         """Make the call's arguments again."""
-        return _given_again(self.args, machine), _given_again(self.kwargs, machine)
+        return given_again(self.args, machine), given_again(self.kwargs, machine)
 
 
 class Recorder(Observer):
@@ -268,17 +242,17 @@ class Recorder(Observer):
         if self._changed_components and caller is self.root:
             self._notice_changed_weights(path.split(".")[0])
         structure = (self._structure(module), entry) if self.remember else None
-        given = _Given(structure in self._value_dependent)
+        given = Given(structure in self._value_dependent)
         key = None
         if self.remember and (caller is self.root or id(module) not in self._with_hooks_below):
-            with contextlib.suppress(_Unkeyable):
+            with contextlib.suppress(Unkeyable):
                 key = (structure, given.key(args), given.key(kwargs))
             memory = self._memories.get(key)
             if memory is not None:
                 return self._replay(memory, caller, path, given)
         given.let_go()
         is_entry = caller is self.root and "." not in path
-        repeatable = (_kept_argument(args), _kept_argument(kwargs)) if is_entry else None
+        repeatable = (kept_argument(args), kept_argument(kwargs)) if is_entry else None
         frame = _Frame(module, path, entry)
         attributes = module.__dict__.copy()
         self.stack.append(frame)
@@ -289,7 +263,7 @@ class Recorder(Observer):
             self._close(frame, caller)
             raise
         self.stack.pop()
-        if not _same_attributes(module.__dict__, attributes):
+        if not same_attributes(module.__dict__, attributes):
             frame.remember = False
             self._forget_structure(module)
         alive = frame.alive()
@@ -304,7 +278,7 @@ class Recorder(Observer):
         return output
 
     def _store(
-        self, key: Any, routine: int, frame: _Frame, alive: list[Buffer], given: _Given, output: Any
+        self, key: Any, routine: int, frame: _Frame, alive: list[Buffer], given: Given, output: Any
     ) -> None:
         """Remember a call, if all it did can be done again."""
         values = tuple(b.value for b in alive)
@@ -317,12 +291,12 @@ class Recorder(Observer):
         made = {id(b): i for i, b in enumerate(alive)}
         used: set[int] = set()
         try:
-            spec = _output_spec(output, made, given, used)
+            spec = output_spec(output, made, given, used)
             containers = tuple(
-                (i, _output_spec(container, made, given, used))
+                (i, output_spec(container, made, given, used))
                 for i, container in given.changed_containers()
             )
-        except _Unkeyable:
+        except Unkeyable:
             return
         if len(used) < len(made):  # something is alive that neither result nor arguments hold
             return
@@ -389,7 +363,7 @@ class Recorder(Observer):
         if returned or self.routines[routine].events:
             caller.events.append(("c", routine, relative, returned, outside))
 
-    def _replay(self, memory: _Memory, caller: _Frame, path: str, given: _Given) -> Any:
+    def _replay(self, memory: _Memory, caller: _Frame, path: str, given: Given) -> Any:
         """Write the remembered call down and do its effects, without executing it."""
         new: list[torch.Tensor] = []
         self._muted = True
@@ -412,9 +386,9 @@ class Recorder(Observer):
         for index in memory.written:
             inputs[index].value = None
             caller.written.add(id(inputs[index]))
-        output = _output(memory.output, new, given.tensors)
+        output = make_output(memory.output, new, given.tensors)
         for index, spec in memory.containers:
-            _refill(given.containers[index], _output(spec, new, given.tensors))
+            refill(given.containers[index], make_output(spec, new, given.tensors))
         del new, inputs
         buffer = None
         given.let_go()
@@ -434,7 +408,7 @@ class Recorder(Observer):
             parts: list[Any] = [type(module)]
             for name, value in module.__dict__.items():
                 if name in ("_parameters", "_buffers"):
-                    parts.append((name, tuple((n, _weight_key(t)) for n, t in value.items())))
+                    parts.append((name, tuple((n, weight_key(t)) for n, t in value.items())))
                 elif name == "_modules":
                     children = ((n, self._structure(m)) for n, m in value.items() if m is not None)
                     parts.append(tuple(children))
@@ -443,7 +417,7 @@ class Recorder(Observer):
                 elif name in _HOOKS or isinstance(value, _Method):
                     pass  # hooks run around every call, remembered or not
                 elif name not in _EVERY_MODULE or value:
-                    parts.append((name, _attribute_key(value)))
+                    parts.append((name, attribute_key(value)))
             number = self._structure_numbers.setdefault(tuple(parts), len(self._structure_numbers))
             self._structures[id(module)] = number
         return number
@@ -554,237 +528,3 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.recorder.call(self.module, self.name, self.method, args, kwargs)
-
-
-# -- what a call is given, and its signature
-
-
-class _Given:
-    """The arguments of a call: their signature, and the buffers and containers among them."""
-
-    __slots__ = ("_before", "_owners", "by_value", "containers", "numbers", "offsets", "tensors")
-
-    def __init__(self, by_value: bool) -> None:
-        self.by_value = by_value
-        self.numbers: dict[int, int] = {}
-        """id of a buffer -> its number among the arguments' buffers."""
-        self.tensors: list[torch.Tensor] = []
-        self.offsets: list[int] = []
-        """Of the first view of each buffer."""
-        self.containers: list[Any] = []
-        self._owners: dict[tuple[int, int], int] = {}
-        self._before: list[list[Any]] = []
-
-    def key(self, value: Any) -> Any:
-        """Express an argument by geometry; collect the buffers and containers in it, in order."""
-        kind = type(value)
-        if kind is VirtualTensor:
-            buffer = buffer_of(value)
-            number = self.numbers.get(id(buffer))
-            if number is None:
-                number = self.numbers[id(buffer)] = len(self.tensors)
-                self.tensors.append(value)
-                self.offsets.append(value.storage_offset())
-            # Offsets count from the buffer's first view: timesteps[1] is like timesteps[0].
-            offset = value.storage_offset() - self.offsets[number]
-            key = (number, value.size(), value.stride(), offset, value.dtype, buffer.device)
-            return (key, value_signature(value)) if self.by_value else key
-        if value is None or kind is bool or kind is int or kind is float or kind is str:
-            return (kind, value)
-        if isinstance(value, torch.Tensor):
-            key = ("real", value.size(), value.stride(), value.dtype)
-            return (key, value_signature(value)) if self.by_value else key
-        if isinstance(value, (list, tuple)):
-            if isinstance(value, list):
-                self.containers.append(value)
-            return (kind, *(self.key(v) for v in value))
-        if isinstance(value, Mapping):
-            if isinstance(value, dict):
-                self.containers.append(value)
-            return (kind, *((k, self.key(v)) for k, v in value.items()))
-        if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.Size, slice)):
-            return (kind, str(value))
-        if isinstance(value, torch.nn.Module) or kind.__name__ in ("function", "method", "type"):
-            return id(value)
-        raise _Unkeyable
-
-    def let_go(self) -> None:
-        """Hold no tensor any more: a call that runs may free what its containers hold."""
-        for tensor in self.tensors:
-            buffer = buffer_of(tensor)
-            if isinstance(buffer.owner, _Frame):
-                self._owners[id(buffer.owner), buffer.number] = self.numbers[id(buffer)]
-        self.tensors = []
-        self._before = [_contents(c) for c in self.containers]
-
-    def number_of(self, owner: _Frame, number: int) -> int | None:
-        """Return which of the arguments' buffers was *owner*'s buffer *number* before the call."""
-        return self._owners.get((id(owner), number))
-
-    def changed_containers(self) -> Iterator[tuple[int, Any]]:
-        """Yield the containers that hold other things than before the call."""
-        pairs = zip(self.containers, self._before, strict=True)
-        for i, (container, before) in enumerate(pairs):
-            now = list(container.values()) if isinstance(container, dict) else container
-            names = list(container) if isinstance(container, dict) else None
-            if (
-                names != before[0]
-                or len(now) != len(before) - 1
-                or any(_held(b) is not n for b, n in zip(before[1:], now, strict=True))
-            ):
-                yield i, container
-
-
-def _contents(container: Any) -> list[Any]:
-    """What a container holds, tensors weakly: the names of a dictionary, then the entries."""
-    is_dict = isinstance(container, dict)
-    entries = container.values() if is_dict else container
-    return [
-        list(container) if is_dict else None,
-        *(weakref.ref(v) if isinstance(v, torch.Tensor) else v for v in entries),
-    ]
-
-
-def _held(entry: Any) -> Any:
-    return entry() if type(entry) is weakref.ref else entry
-
-
-def _refill(container: Any, contents: Any) -> None:
-    if isinstance(container, dict):
-        container.clear()
-        container.update(contents)
-    else:
-        container[:] = contents
-
-
-def _weight_key(tensor: torch.Tensor | None) -> Any:
-    if tensor is None:
-        return None
-    return (tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
-"""Attributes that every module has; of interest where they are not empty."""
-
-
-def _attribute_key(value: Any, depth: int = 0) -> Any:
-    """Express a module's attribute: by value where it is plain, else by identity."""
-    kind = type(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return (kind, value)
-    if isinstance(value, type) or kind.__name__ in ("function", "builtin_function_or_method"):
-        return value
-    if depth < 3:
-        if isinstance(value, (list, tuple)):
-            return (kind, *(_attribute_key(v, depth + 1) for v in value))
-        if isinstance(value, (set, frozenset)):
-            return (kind, *sorted(map(str, value)))
-        if isinstance(value, Mapping):
-            items = ((str(k), _attribute_key(v, depth + 1)) for k, v in value.items())
-            return (kind, *items)
-        if kind.__name__.endswith("Processor") and hasattr(value, "__dict__"):
-            # Attention processors: one object a layer, all alike.
-            return (kind, _attribute_key(vars(value), depth + 1))
-    return ("object", id(value))
-
-
-def _same_attributes(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a call left its module's own attributes as they were; small ones by value."""
-    if len(now) != len(before):
-        return False
-    for name, value in now.items():
-        old = before.get(name, UNSEEN)
-        if old is not value and not (
-            isinstance(value, (bool, int, float, str)) and type(value) is type(old) and value == old
-        ):
-            return False
-    return True
-
-
-# -- what a call leaves
-
-
-def _output_spec(value: Any, made: Mapping[int, int], given: _Given, used: set[int]) -> Any:
-    """Describe a call's output so that it can be made again from new buffers and other inputs."""
-    if isinstance(value, VirtualTensor):
-        buffer = buffer_of(value)
-        geometry = (tuple(value.size()), tuple(value.stride()), value.dtype)
-        if id(buffer) in made:
-            used.add(made[id(buffer)])
-            return _OutTensor(True, made[id(buffer)], value.storage_offset(), *geometry)
-        if id(buffer) in given.numbers:
-            number = given.numbers[id(buffer)]
-            offset = value.storage_offset() - given.offsets[number]
-            return _OutTensor(False, number, offset, *geometry)
-        if isinstance(buffer.owner, str):
-            return _OutKept(value)
-        raise _Unkeyable
-    if isinstance(value, torch.Tensor):
-        raise _Unkeyable
-    if isinstance(value, Mapping):
-        parts = tuple(_output_spec(v, made, given, used) for v in value.values())
-        return _OutContainer(type(value), tuple(value), parts)
-    if isinstance(value, (list, tuple)):
-        parts = tuple(_output_spec(v, made, given, used) for v in value)
-        return _OutContainer(type(value), None, parts)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise _Unkeyable
-
-
-def _output(spec: Any, new: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
-    if isinstance(spec, _OutTensor):
-        base = new[spec.index] if spec.is_new else inputs[spec.index]
-        offset = base.storage_offset() + spec.offset
-        with torch._C._DisableTorchDispatch():
-            view = torch.empty(0, dtype=spec.dtype, device="meta")
-            view.set_(base.untyped_storage(), offset, spec.size, spec.stride)
-        view.__class__ = VirtualTensor
-        return view
-    if isinstance(spec, _OutKept):
-        return spec.tensor
-    if isinstance(spec, _OutContainer):
-        parts = [_output(i, new, inputs) for i in spec.items]
-        if spec.names is not None:
-            named = dict(zip(spec.names, parts, strict=True))
-            return named if spec.cls is dict else spec.cls(**named)
-        return spec.cls(*parts) if hasattr(spec.cls, "_fields") else spec.cls(parts)
-    return spec
-
-
-# -- component calls to repeat under a variant
-
-
-def _kept_argument(value: Any) -> Any:
-    """Return *value* with its tensors replaced by geometry, so that it keeps nothing alive."""
-    if isinstance(value, torch.Tensor):
-        known = known_value(value)
-        return _ArgTensor(
-            tuple(value.size()), tuple(value.stride()), value.dtype, value.device,
-            # A large tensor's value is one element, expanded; it is never written to.
-            known if known is None or known.numel() > KNOWN_VALUE_LIMIT_ELEMENTS else known.clone(),
-        )  # fmt: skip
-    if isinstance(value, dict):
-        return {k: _kept_argument(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_kept_argument(v) for v in value)
-    return value
-
-
-def _given_again(value: Any, machine: VirtualMachine) -> Any:
-    if isinstance(value, _ArgTensor):
-        if value.device.type != "cuda":
-            zeros = torch.zeros((), dtype=value.dtype).expand(value.size)
-            return zeros if value.value is None else value.value
-        tensor = machine.empty(value.size, value.stride, value.dtype, GPU)
-        if value.value is not None:
-            with torch._C._DisableTorchDispatch():
-                keep_value(tensor, value.value)
-        return tensor
-    if isinstance(value, dict):
-        return {k: _given_again(v, machine) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_given_again(v, machine) for v in value)
-    return value

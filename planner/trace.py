@@ -25,8 +25,9 @@ from pipefit.cost_models.workload import (
     variant_key,
 )
 from pipefit.errors import PipefitError, TraceError
-from pipefit.planner.recorder import GPU, Recorder, new_frame
+from pipefit.planner.recorder import Recorder, new_frame
 from pipefit.planner.shims import shimmed
+from pipefit.planner.signatures import GPU
 from pipefit.planner.virtual import VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, VirtualTensor, buffer_of
 

@@ -54,7 +54,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 SOURCES = {
     "pipefit.planner": (
         "build.py", "call.py", "kernels.py", "options.py", "recorder.py", "shims.py",
-        "standins.py", "trace.py", "virtual*.py", "workloads.py",
+        "signatures.py", "standins.py", "trace.py", "virtual*.py", "workloads.py",
     ),
     "pipefit.strategies": ("*.py",),
     "pipefit.cost_models": ("workload*.py",),
