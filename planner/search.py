@@ -310,31 +310,35 @@ class _Box:
         """Return how many selections the candidates make, within the limits or not."""
         return math.prod(len(r) for r in self.rows)
 
-    def sums(self) -> list[Array]:
-        """Return the weighted sums of every component's rows."""
-        return [r @ self.weights for r in self.rows]
-
-    def room(self, sums: Sequence[Array]) -> Array:
-        """Return, per weighted sum, how far a selection may lie above the least possible total."""
+    def bounds(self, largest: Array) -> Array:
+        """Return the largest total allowed per weighted sum; *largest* sums set the rounding."""
         limited = np.isfinite(self.limit)
-        bounds = self.limit[limited] @ self.weights[limited]
+        bounds: Array = self.limit[limited] @ self.weights[limited]
         bounds[(self.weights[~limited] > 0).any(axis=0)] = np.inf
-        least = np.sum([s.min(axis=0) for s in sums], axis=0)
-        room: Array = bounds - least
-        rounding = ROUNDING * np.sum([np.abs(s).max(axis=0) for s in sums], axis=0)
-        room[len(self.limit) :] += rounding[len(self.limit) :]
-        return room
+        bounds[len(self.limit) :] += ROUNDING * largest[len(self.limit) :]
+        return bounds
 
     def reduced(self) -> _Box:
         """Return the box without the candidates that no selection inside the limits uses."""
-        box, num_before = self, -1
-        while all(len(r) for r in box.rows):
-            if num_before == (num_before := sum(len(r) for r in box.rows)):
+        sizes = np.array([len(r) for r in self.rows])
+        if not sizes.all():
+            return self
+        ends = sizes.cumsum()
+        sums = np.concatenate(self.rows) @ self.weights
+        bounds = self.bounds(np.maximum.reduceat(np.abs(sums), ends - sizes).sum(axis=0))
+        finite = np.isfinite(bounds)
+        sums, bounds = sums[:, finite], bounds[finite]
+        kept, left = np.ones(len(sums), dtype=np.bool_), sizes
+        while left.all():
+            starts = left.cumsum() - left
+            least = np.minimum.reduceat(sums, starts)
+            most = least + (bounds - least.sum(axis=0))
+            fits = (sums <= most.repeat(left, axis=0)).all(axis=1)
+            if fits.all():
                 break
-            sums = box.sums()
-            room = box.room(sums)
-            box = box.keeping([(s - s.min(axis=0) <= room).all(axis=1) for s in sums])
-        return box
+            kept[kept] = fits
+            sums, left = sums[fits], np.add.reduceat(fits, starts, dtype=np.intp)
+        return self.keeping(np.split(kept, ends[:-1]))
 
 
 def _boxes(problems: Sequence[Problem], limits: Limits) -> list[_Box]:
@@ -568,8 +572,9 @@ def _least_enumerated(box: _Box, columns: slice) -> float:
     """
     rows = sorted(box.rows, key=len)
     sums = [r @ box.weights for r in rows]
-    room, width = box.room(sums), len(box.limit)
+    largest = np.sum([np.abs(s).max(axis=0) for s in sums], axis=0)
     least_totals = np.sum([s.min(axis=0) for s in sums], axis=0)
+    room, width = box.bounds(largest) - least_totals, len(box.limit)
     extras = [(s - s.min(axis=0))[s[:, -1].argsort(kind="stable")] for s in sums]
     best = math.inf
     stack = [(0, np.zeros((1, len(room))))]
@@ -590,5 +595,5 @@ def _least_enumerated(box: _Box, columns: slice) -> float:
         elif len(totals):
             whole = (totals + least_totals)[:, :width]
             best = float(whole[:, columns].max(axis=1).min())
-            room = box.capped(columns, best - 1).room(sums)
+            room = box.capped(columns, best - 1).bounds(largest) - least_totals
     return best
