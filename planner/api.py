@@ -221,9 +221,9 @@ def apply(pipe: Any, plan: Plan) -> Applied:
 
 def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
     """Return the machine to plan for and the index of the GPU asked for; None: the first."""
-    if device is None:
+    if device is None or str(device) in ("cuda", "xpu", "mps"):
         return probe(), None
-    if device == "cpu":
+    if str(device) == "cpu":
         return cpu_machine(), 0
     machine = probe()
     kind, _, index = str(device).rpartition(":")
@@ -280,7 +280,8 @@ def _policy(
     without: Sequence[str],
 ) -> Policy:
     names = [s.name for s in BUILT_IN]
-    required, forbidden = _options(with_), tuple(check_strategy_name(n, names) for n in without)
+    unwanted = [without] if isinstance(without, str) else without
+    required, forbidden = _options(with_), tuple(check_strategy_name(n, names) for n in unwanted)
     both = {o.strategy for o in required} & set(forbidden)
     if both:
         raise InvalidRequest(

@@ -114,7 +114,8 @@ def check_required(workload: Workload, policy: Policy) -> None:
 
     Raises:
         UnknownName: for a component that the pipeline does not have.
-        InvalidRequest: for a strategy that applies to none of the components.
+        InvalidRequest: for a strategy that applies to none of the components, or two requirements
+        that contradict each other.
     """
     names = [c.name for c in workload.components]
     for option in policy.required:
@@ -127,6 +128,29 @@ def check_required(workload: Workload, policy: Policy) -> None:
                 f"Strategy {option.strategy} applies to no component of {workload.pipeline}: "
                 f"{next(iter(reasons.values()))}"
             )
+        if option.component is not None and one.kind == "pipeline_placement":
+            raise InvalidRequest(
+                f"Strategy {one.name} is for the whole pipeline: leave @{option.component} out."
+            )
+    for component in workload.components:
+        _check_contradictions(component, policy)
+
+
+def _check_contradictions(component: Component, policy: Policy) -> None:
+    """Refuse two requirements of which *component* can meet only one."""
+    asked: dict[str, Option] = {}
+    for one in BUILT_IN:
+        # Where the weights are is one decision, whoever takes it; the others decide on their own.
+        decided = "placement" if "placement" in one.kind else one.name
+        for option in _required(policy, one, component):
+            other = asked.setdefault(decided, option)
+            if other is not option:
+                both = (
+                    f"Strategy {one.name} is required twice on {component.name}"
+                    if other.strategy == one.name
+                    else f"Both {other.strategy} and {one.name} place {component.name}"
+                )
+                raise InvalidRequest(f"{both}: choose one.")
 
 
 class Pricing:
@@ -373,8 +397,7 @@ class Pricing:
     def exactly(self, options: Sequence[Option]) -> dict[str, Pick | None]:
         """Return the one configuration that *options* describe; what they leave open is resident.
 
-        Raises:
-            InvalidRequest: if an option is refused, or two contradict each other.
+        They have passed :func:`check_required`, so that no two of them contradict each other.
         """
         picks: dict[str, Pick | None] = {}
         for component in self.workload.components:
@@ -389,11 +412,6 @@ class Pricing:
                     if one.kind == "compute":
                         parts[one.name] = asked.parameters
                     elif one.kind != "load":
-                        if placement is not None:
-                            raise InvalidRequest(
-                                f"Both {option.strategy} and {one.name} place {component.name}: "
-                                "choose one."
-                            )
                         option = replace(asked, component=component.name)
                         placement = one.placement(asked.parameters)
             variant = variant_key(component.name, parts) if parts else ""

@@ -172,6 +172,8 @@ def state_digest(pipe: Any) -> str:
         return f"{type(value).__module__}.{type(value).__qualname__}"
 
     add(plain(dict(pipe.config)))
+    # Sizes that the pipeline worked out for itself; what starts with _ changes with every call.
+    add(plain({k: v for k, v in vars(pipe).items() if k[0] != "_" and k not in pipe.components}))
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
         add(name, type(part).__name__, plain(dict(config)) if isinstance(config, Mapping) else None)
@@ -253,6 +255,8 @@ def _described(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [_described(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _described(v) for k, v in value.items()}
     for attribute in ("shape", "size"):
         size = getattr(value, attribute, None)
         if isinstance(size, tuple):

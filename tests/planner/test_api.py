@@ -61,6 +61,14 @@ def test_a_budget_that_is_none_is_refused(budget: Any, says: str) -> None:
         ({"with_": ["vae_tiling@transformer"]}, "cannot work in tiles"),
         ({"without": ["modle_offload"]}, "model_offload"),
         ({"with_": ["model_offload"], "without": ["model_offload"]}, "drop one"),
+        ({"without": "modle_offload"}, "model_offload"),
+        ({"with_": ["model_offload@vae"]}, "leave @vae out"),
+        ({"with_": ["model_offload", "sequential_offload"]}, "choose one"),
+        ({"with_": ["model_offload", "resident@vae"]}, "choose one"),
+        (
+            {"with_": ["vae_tiling:tile_px=32@vae", "vae_tiling:tile_px=16"]},
+            "required twice on vae",
+        ),
         ({"ram": "many"}, "with a unit"),
         ({"device": "cuda:7"}, "not there"),
         ({"device": "tpu"}, "not understood"),
@@ -74,6 +82,29 @@ def test_a_request_with_a_slip_names_what_was_meant(asked: dict[str, Any], says:
         pipefit.auto_optimize(pipe, "8GB", **arguments)
     assert says in _sentence(caught.value)
     assert differences(before, snapshot(pipe)) == ()
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ["model_offload@vae"],
+        ["model_offload", "sequential_offload"],
+        ["vae_tiling:tile_px=32@vae", "vae_tiling:tile_px=16@vae"],
+    ],
+)
+def test_a_prediction_of_what_contradicts_itself_is_refused(strategies: list[str]) -> None:
+    pipe, _ = untouched("flux")
+    with pytest.raises(pipefit.InvalidRequest) as caught:
+        api.predict(pipe, strategies, call=small_call("flux"), machine=api.cpu_machine())
+    _sentence(caught.value)
+
+
+def test_a_device_may_be_torchs_own_object() -> None:
+    pipe, _ = untouched("flux")
+    plan = pipefit.auto_optimize(
+        pipe, "1GB", call=small_call("flux"), device=torch.device("cpu"), dry_run=True
+    )
+    assert plan.machine.gpus[0].architecture == "cpu"
 
 
 @pytest.mark.parametrize("subject", [torch.nn.Linear(2, 2), 7, None])
