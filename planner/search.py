@@ -390,7 +390,7 @@ def _not_dominated(rows: Array) -> npt.NDArray[np.bool_]:
     """
     ranked = rows[np.argsort(rows.sum(axis=1), kind="stable")]
     beats = np.ones((len(rows), len(rows)), dtype=np.bool_)
-    for column in ranked.T:
+    for column in np.ascontiguousarray(ranked.T):
         beats &= column[:, None] <= column
     mask = np.empty(len(rows), dtype=np.bool_)
     mask[np.argsort(rows.sum(axis=1), kind="stable")] = ~np.triu(beats, 1).any(axis=0)
