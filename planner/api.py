@@ -29,7 +29,7 @@ from pipefit.planner.policy import (
 )
 from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.workloads import Progress, observe
-from pipefit.strategies import BUILT_IN
+from pipefit.strategies import BUILT_IN, strategy
 from pipefit.strategies.strategy import Option, Quality
 
 if TYPE_CHECKING:
@@ -282,19 +282,34 @@ def _policy(
     names = [s.name for s in BUILT_IN]
     unwanted = [without] if isinstance(without, str) else without
     required, forbidden = _options(with_), tuple(check_strategy_name(n, names) for n in unwanted)
+    budgets = parse_budget(budget, machine)
+    level = parse_quality(quality)
+    for option in required:
+        needed = strategy(option.strategy).quality
+        if needed.rank > level.rank:
+            raise InvalidRequest(
+                f"Strategy {option.strategy} is of quality {needed.value}, but quality "
+                f"{level.value} was asked for: drop it, or ask for {needed.value}."
+            )
     both = {o.strategy for o in required} & set(forbidden)
     if both:
         raise InvalidRequest(
             f"Strategy {', '.join(sorted(both))} is both required and forbidden: drop one of them."
         )
     return Policy(
-        budget_bytes=parse_budget(budget, machine),
+        budget_bytes=budgets,
         ram_bytes=None if ram is None else parse_bytes(ram, total_bytes=machine.host.total_bytes),
-        quality=parse_quality(quality),
+        quality=level,
         required=required,
         forbidden=forbidden,
-        notes=budget_notes(budget, machine),
+        notes=(*budget_notes(budget, machine), *_single_gpu_notes(budgets)),
     )
+
+
+def _single_gpu_notes(budgets: Mapping[int, int]) -> tuple[str, ...]:
+    if len(budgets) == 1:
+        return ()
+    return (f"Only GPU {min(budgets)} is used: plans over several GPUs are not made yet.",)
 
 
 def _lower_levels(quality: Quality) -> list[Quality]:

@@ -83,7 +83,7 @@ def _allowed(kind: str, policy: Policy) -> list[Strategy]:
         for one in BUILT_IN
         if one.kind == kind
         and one.name not in policy.forbidden
-        and (one.quality.rank <= policy.quality.rank or _is_required(policy, one))
+        and one.quality.rank <= policy.quality.rank
     ]
 
 

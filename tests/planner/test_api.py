@@ -69,6 +69,7 @@ def test_a_budget_that_is_none_is_refused(budget: Any, says: str) -> None:
             {"with_": ["vae_tiling:tile_px=32@vae", "vae_tiling:tile_px=16"]},
             "required twice on vae",
         ),
+        ({"quality": "exact", "with_": ["vae_tiling:tile_px=32@vae"]}, "of quality high"),
         ({"ram": "many"}, "with a unit"),
         ({"device": "cuda:7"}, "not there"),
         ({"device": "tpu"}, "not understood"),
@@ -180,3 +181,9 @@ def test_a_prediction_of_everything_resident_is_of_exactly_that() -> None:
     assert found.peak_vram[0].allocated_bytes / 2**30 == pytest.approx(33.85, rel=0.01)
     offloaded = pipefit.predict("flux.1-dev", ["model_offload"], machine=machine)
     assert offloaded.peak_vram[0].allocated_bytes / 2**30 == pytest.approx(22.64, rel=0.01)
+
+
+def test_a_budget_for_several_gpus_says_that_one_is_used() -> None:
+    pair = reference_machine(["rtx-4090", "rtx-4060"])
+    plan = api.plan(untouched("flux")[0], "0=8GB,1=4GB", call=small_call("flux"), machine=pair)
+    assert any("Only GPU 0 is used" in line for line in plan.assumptions)
