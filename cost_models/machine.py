@@ -19,7 +19,7 @@ class Gpu:
     index: int = 0
     """Index as torch numbers the visible devices."""
     architecture: str = "unknown"
-    """``turing``, ``ampere``, ``ada``, ``hopper``, ``blackwell``, ``rdna3``, ``apple``, ``cpu`` …"""
+    """``turing``, ``ampere``, ``ada``, ``hopper``, ``blackwell``, ``rdna3``, ``apple``, ``cpu``"""
     compute_capability: tuple[int, int] | None = None
     total_bytes: int
     """What the driver calls total (``cudaMemGetInfo``), not the marketed size."""

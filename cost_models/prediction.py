@@ -1,4 +1,4 @@
-"""What a configuration is predicted to need; the JSON is design section 6's ``pipefit.prediction/1``."""
+"""What a configuration is predicted to need; its JSON is ``pipefit.prediction/1``."""
 
 from __future__ import annotations
 

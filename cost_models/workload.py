@@ -6,24 +6,26 @@ Fifty denoising steps, sixty equal blocks and two hundred tiles are one routine 
 
 Events are tuples, so that traces of video decoders stay small and fast:
 
-====================================================  ==============================================
-``("a", buffer, num_bytes)``                          allocate; *buffer* numbers a storage in this routine
-``("f", buffer)``                                     free a buffer of this routine
-``("x", k)``                                          free the k-th outside buffer (see ``Routine.outside``)
-``("k", kernel)``                                     launch ``Workload.kernels[kernel]``
-``("c", routine, path, returned, outside)``           call ``Workload.routines[routine]`` on submodule *path*
-``("w", component, delta_bytes)``                     the component's own weights change size from here on
-====================================================  ==============================================
+* ``("a", buffer, num_bytes)``: allocate; *buffer* numbers a storage in this routine.
+* ``("f", buffer)``: free a buffer of this routine.
+* ``("x", k)``: free the k-th outside buffer, one of the caller's (see ``Routine.num_outside``).
+* ``("k", kernel)``: launch ``Workload.kernels[kernel]``.
+* ``("c", routine, path, returned, outside)``: call ``Workload.routines[routine]`` on submodule
+  *path*.
+* ``("w", component, delta_bytes)``: the component's own weights change size from here on.
 
-The last one is what ``component.to(dtype)`` inside the pipeline does (SDXL upcasts its VAE before decode);
-those tensors are weights, not carried tensors. In a call, ``returned`` gives this routine's numbers for the buffers that outlive the callee, in the
+The last is what ``component.to(dtype)`` inside the pipeline does (SDXL upcasts its VAE before
+decode); those tensors are weights, not carried tensors.
+
+In a call, ``returned`` gives this routine's numbers for the buffers that outlive the callee, in the
 order of the callee's ``returns``; ``outside`` gives, for each outside buffer that the callee frees,
 this routine's own number n >= 0, or ``-1 - k`` when that is outside buffer k of this routine too.
-*path* is relative to the calling module (``"transformer_blocks.3"``), ``""`` for a method of the same
-module, and starts with ``/component.`` when the callee lies elsewhere.
+*path* is relative to the calling module (``"transformer_blocks.3"``), ``""`` for a method of the
+same module, and starts with ``/component.`` when the callee lies elsewhere.
 
-Allocations are the bytes asked for. Rounding, workspaces and libraries are the cost models' business.
-An allocation made by a kernel comes before that kernel's ``"k"``; a kernel's scratch is not an event.
+Allocations are the bytes asked for. Rounding, workspaces and libraries are the business of the cost
+models. An allocation made by a kernel comes before that kernel's ``"k"``; a kernel's scratch is not
+an event.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Kernel:
     """Real tensors written."""
     shape: tuple[int, ...] = ()
     """By kind. gemm: (batch, M, N, K). attention: (batch, heads, S_q, S_kv, d_qk, d_v).
-    conv: (N, C_in, C_out, groups, transposed, *input, *output, *kernel) with 1 to 3 spatial dims each.
+    conv: (N, C_in, C_out, groups, transposed, *input, *output, *kernel) 1 to 3 spatial dims each.
     others: the output's shape."""
     input_bytes: int = 0
     """conv: bytes of the tensor that the convolution sees (padded, cached frames included)."""
@@ -100,7 +102,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleInfo:
-    """One module of the component's tree, in ``named_modules`` order; the component itself is ""."""
+    """One module of the component's tree, in ``named_modules`` order; "" is the component."""
 
     path: str
     class_name: str
@@ -160,8 +162,8 @@ class Workload:
     kernels: tuple[Kernel, ...]
     routines: tuple[Routine, ...]
     root: tuple[Event, ...]
-    """The pipeline's own frame: its tensors ("a"/"f"), its kernels, and one "c" per component call whose
-    path is ``/component`` and whose routine's ``entry`` says the entry point."""
+    """The pipeline's own frame: its tensors ("a"/"f"), its kernels, and one "c" per component call,
+    whose path is ``/component`` and whose routine's ``entry`` says the entry point."""
     phases: tuple[Phase, ...]
     """Ordered by first call."""
     variants: Mapping[str, Mapping[int, int]] = field(default_factory=dict)

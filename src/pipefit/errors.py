@@ -38,8 +38,10 @@ class UnknownName(InvalidRequest):
         folded = {candidate.casefold(): candidate for candidate in self.known}
         matches = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
         close = [folded[match] for match in matches]
-        hint = f"did you mean {' or '.join(close)}?" if close else (
-            f"known are {', '.join(self.known[:12])}{' …' if len(self.known) > 12 else ''}."
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else (f"known are {', '.join(self.known[:12])}{' …' if len(self.known) > 12 else ''}.")
         )
         super().__init__(f"There is no {kind} called {name!r}: {hint}")
 
