@@ -11,7 +11,8 @@ from pipefit.planner import cli
 from pipefit.planner.catalog import gpu_names, pipeline_names
 from pipefit.strategies import BUILT_IN
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_strategies_is_the_list_of_strategies() -> None:
@@ -27,3 +28,17 @@ def test_every_command_shown_exists() -> None:
 
 def test_the_catalogue_is_as_large_as_it_says() -> None:
     assert f"{len(pipeline_names())} pipelines, {len(gpu_names())} GPUs" in README
+
+
+def test_the_errors_of_predicted_times_are_those_of_the_report() -> None:
+    report = (ROOT / "docs" / "latency.md").read_text(encoding="utf-8")
+    rows, median, ninetieth = re.search(
+        r"(\d+) fitted rows: median error ([\d.]+)%, ninetieth percentile ([\d.]+)%", report
+    ).groups()
+    fitted = re.findall(r"^\| [^|]+ \| ([\w-]+) \|.*\| [+-]\d+% \| [+-]\d+% \|", report, re.M)
+    moved = re.search(r"(\d+) rows: median error ([\d.]+)%", report)
+    said = " ".join(README.split())
+    assert int(rows) == len(fitted)
+    assert f"on {rows} published timings of {len(set(fitted))} GPUs the median error is" in said
+    assert f"is {float(median):.0f} %, and nine in ten are within {float(ninetieth):.0f} %" in said
+    assert f"have a median error of {moved.group(2)} %; none was held out" in said
