@@ -60,13 +60,18 @@ class PhaseMemory:
     carried_bytes: int
     reserved_bytes: int
     slack_bytes: int
-    """What fragmentation may add to ``reserved_bytes``: :data:`SLACK_SHARE`."""
+    """What fragmentation may add: :data:`SLACK_SHARE`; no part of ``process_bytes``."""
     context_bytes: int
 
     @property
     def process_bytes(self) -> int:
-        """What a budget is compared with."""
-        return self.reserved_bytes + self.slack_bytes + self.context_bytes
+        """What the driver is expected to show for the process."""
+        return self.reserved_bytes + self.context_bytes
+
+    @property
+    def promised_bytes(self) -> int:
+        """What a budget is compared with: the process and the slack kept in hand."""
+        return self.process_bytes + self.slack_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +281,7 @@ def simulate(
     torch gives cached segments back before it runs out of memory. *budget_bytes* says where that
     is: what the process is held to (``torch.cuda.set_per_process_memory_fraction``), slack and
     context included; by default what other processes leave of the GPU. A phase whose
-    ``process_bytes`` are above it does not fit.
+    ``promised_bytes`` are above it does not fit.
     """
     context = context_bytes(gpu)
     if budget_bytes is None:

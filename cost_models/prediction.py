@@ -46,7 +46,7 @@ class DevicePeak:
     process_bytes: int
     context_bytes: int
     slack_bytes: int
-    """Reserved minus allocated at the peak, plus the stated safety margin."""
+    """Kept in hand for fragmentation, above ``process_bytes``; a plan's budget holds both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,8 @@ def _run_small() -> int:
 
     planned = {"call": call(), "device": "cpu", "quality": "exact"}
     resident = pipefit.auto_optimize(pipe, "8GB", with_=["resident"], dry_run=True, **planned)
-    resident_bytes = resident.prediction.peak_vram[0].process_bytes
+    peak = resident.prediction.peak_vram[0]
+    resident_bytes = peak.process_bytes + peak.slack_bytes
     try:
         pipefit.auto_optimize(pipe, 2000, dry_run=True, **planned)
     except pipefit.NoPlanFits as error:

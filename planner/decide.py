@@ -45,9 +45,9 @@ class Configuration:
     peaks: tuple[PhaseMemory, ...]
 
     @property
-    def process_bytes(self) -> int:
-        """The largest phase, as a budget counts it."""
-        return max(peak.process_bytes for peak in self.peaks)
+    def promised_bytes(self) -> int:
+        """The largest phase with its slack, as a budget counts it."""
+        return max(peak.promised_bytes for peak in self.peaks)
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -98,20 +98,20 @@ class Candidates:
             if selection is None:
                 break
             found = self.configure(selection, budget_bytes)
-            if found.process_bytes <= budget_bytes:
+            if found.promised_bytes <= budget_bytes:
                 return found
             problem = problems[selection.problem]
             problems[problem.name] = replace(
                 problem,
                 base_bytes=tuple(
-                    base + max(0, peak.process_bytes - added)
+                    base + max(0, peak.promised_bytes - added)
                     for base, peak, added in zip(
                         problem.base_bytes, found.peaks, selection.phase_bytes, strict=True
                     )
                 ),
             )
         smallest = self.smallest(limits)
-        if smallest is not None and smallest.process_bytes <= budget_bytes:
+        if smallest is not None and smallest.promised_bytes <= budget_bytes:
             return smallest
         return None
 
@@ -129,9 +129,9 @@ class Candidates:
         held_bytes = selection.peak_bytes
         for _ in range(MAX_REPLAYS):
             found = self.configure(selection, held_bytes)
-            if found.process_bytes <= held_bytes:
+            if found.promised_bytes <= held_bytes:
                 break
-            held_bytes = found.process_bytes
+            held_bytes = found.promised_bytes
         return found
 
 
@@ -206,7 +206,7 @@ def _nothing_fits(
     for quality, level in levels:
         found = level.smallest(limits) if level.problems else None
         if found is not None:
-            smallest[quality.value] = found.process_bytes
+            smallest[quality.value] = found.promised_bytes
     asked = f"No plan keeps {format_bytes(limits.budget_bytes)}"
     if not candidates.problems:
         message = (
@@ -230,7 +230,7 @@ def _nothing_fits(
 def _would_fit_with_more_ram(candidates: Candidates, limits: Limits) -> Configuration | None:
     """Return what keeps the VRAM budget once host memory is no bound; None if nothing does."""
     found = candidates.smallest(replace(limits, ram_bytes=None, pinnable_bytes=None))
-    if found is None or limits.budget_bytes is None or found.process_bytes > limits.budget_bytes:
+    if found is None or limits.budget_bytes is None or found.promised_bytes > limits.budget_bytes:
         return None
     return found
 
@@ -248,18 +248,18 @@ def _rejected(
     found = []
     for lost in alternatives(candidates.problems, limits, best.selection):
         other = candidates.configure(lost.selection, limits.budget_bytes)
-        over_bytes = other.process_bytes - limits.budget_bytes
+        over_bytes = other.promised_bytes - limits.budget_bytes
         reason = lost.reason
         if over_bytes > 0 and _host_allows(lost.selection, limits):
             phase = max(
                 zip(other.pricing.workload.phases, other.peaks, strict=True),
-                key=lambda pair: pair[1].process_bytes,
+                key=lambda pair: pair[1].promised_bytes,
             )[0]
             reason = f"{format_bytes(over_bytes)} over the budget in {phase.name}"
         found.append(
             Alternative(
                 options=other.options,
-                process_bytes=other.process_bytes,
+                process_bytes=max(peak.process_bytes for peak in other.peaks),
                 call_s=other.selection.call_s,
                 rejected_because=reason,
             )

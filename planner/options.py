@@ -321,12 +321,8 @@ class Pricing:
         return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
 
     def _choices(self, picks: Mapping[str, Pick | None]) -> dict[str, Choice]:
-        used = {phase.component for phase in self.workload.phases}
         idle = Choice(placement=ModelOffload())  # never called, so never brought in
-        return {
-            c.name: picks[c.name].choice if c.name in used else idle  # type: ignore[union-attr]
-            for c in self.workload.components
-        }
+        return {name: pick.choice if pick else idle for name, pick in picks.items()}
 
     def prediction(
         self, picks: Mapping[str, Pick | None], peaks: Sequence[PhaseMemory]
@@ -370,16 +366,17 @@ class Pricing:
             for name, pick in picks.items()
             if pick is None
         ]
-        worst = max(peaks, key=lambda p: p.process_bytes)
+        worst = max(peaks, key=lambda p: p.promised_bytes)
+        process_bytes = max(p.process_bytes for p in peaks)
         return Prediction(
             peak_vram=(
                 DevicePeak(
                     device=device,
                     allocated_bytes=max(p.allocated_bytes for p in peaks),
                     reserved_bytes=max(p.reserved_bytes for p in peaks),
-                    process_bytes=worst.process_bytes,
+                    process_bytes=process_bytes,
                     context_bytes=worst.context_bytes,
-                    slack_bytes=worst.slack_bytes,
+                    slack_bytes=worst.promised_bytes - process_bytes,
                 ),
             ),
             phases=tuple(phases),
@@ -401,9 +398,6 @@ class Pricing:
         """
         picks: dict[str, Pick | None] = {}
         for component in self.workload.components:
-            if all(p.component != component.name for p in self.workload.phases):
-                picks[component.name] = None
-                continue
             parts: dict[str, Mapping[str, Any]] = {}
             option, placement = Option(strategy="resident", component=component.name), None
             for one in BUILT_IN:

@@ -87,7 +87,8 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
         _headline(predicted.pipeline, predicted.call, predicted.machine),
         *(
             Text(
-                f"GPU {peak.device} peak: {format_bytes(peak.process_bytes)} process, "
+                f"GPU {peak.device} peak: {format_bytes(peak.process_bytes)} process "
+                f"(+ {format_bytes(peak.slack_bytes)} slack), "
                 f"{format_bytes(peak.reserved_bytes)} reserved, "
                 f"{format_bytes(peak.allocated_bytes)} allocated"
             )
@@ -183,12 +184,13 @@ def _verdict(plan: Plan, device: int) -> Text:
     peak = next(p for p in plan.prediction.peak_vram if p.device == device)
     phases = [p for p in plan.prediction.phases if p.device == device]
     where = max(phases, key=lambda p: p.process_bytes).name if phases else "no phase"
-    fits = peak.process_bytes <= budget_bytes
-    left = format_bytes(abs(budget_bytes - peak.process_bytes))
+    left_bytes = budget_bytes - peak.process_bytes - peak.slack_bytes
+    fits = left_bytes >= 0
     return Text.assemble(
         ("fits" if fits else "DOES NOT FIT", "bold green" if fits else "bold red"),
-        f": GPU {device} peaks at {format_bytes(peak.process_bytes)} in {where}, budget "
-        f"{format_bytes(budget_bytes)}, {left} {'left' if fits else 'over'}",
+        f": GPU {device} peaks at {format_bytes(peak.process_bytes)} in {where} "
+        f"(+ {format_bytes(peak.slack_bytes)} slack), budget {format_bytes(budget_bytes)}, "
+        f"{format_bytes(abs(left_bytes))} {'left' if fits else 'over'}",
     )
 
 
