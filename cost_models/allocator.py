@@ -2,13 +2,24 @@
 
 Replaying allocations and frees gives what ``torch.cuda.memory_stats`` would say: *requested*
 bytes, *allocated* bytes (blocks, with the rests too small to split off) and *reserved* bytes
-(segments taken from the driver). Two things are easy to get wrong: a freed block goes back to its
-own stream's pool only, and :meth:`CachingAllocator.empty_cache` returns only segments of which no
+(taken from the driver). Two things are easy to get wrong: a freed block goes back to its own
+stream's pool only, and :meth:`CachingAllocator.empty_cache` returns only segments of which no
 block is in use.
 
-Model of the native backend with default settings; ``cudaMallocAsync``, ``expandable_segments`` and
-the other knobs of ``PYTORCH_ALLOC_CONF`` are not covered. Source of every rule and constant:
-``c10/cuda/CUDACachingAllocator.cpp`` and ``c10/core/AllocatorConfig.h`` of torch 2.13.
+Two ways of taking memory from the driver are covered. By default each segment is a ``cudaMalloc``
+of its own and never grows. With ``PYTORCH_ALLOC_CONF=expandable_segments:True`` each pool is one
+range of addresses that grows by whole pages, so that large tensors fit where several smaller ones
+were; there a block keeps no rest at all, and ``empty_cache`` returns every page that is unused.
+
+Source of every rule: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.13 (``malloc``,
+``get_free_block``, ``should_split``, ``try_allocate_expandable_block``, ``release_blocks``);
+constants: ``c10/core/AllocatorConfig.h``, there. Not covered, and said in a plan where the process
+has them set: ``max_split_size_mb``, ``garbage_collection_threshold``, ``roundup_power2_divisions``,
+``large_segment_size_mb``, and the backend ``cudaMallocAsync``. How that one grows is decided in
+NVIDIA's closed driver: its documentation promises that cached memory is reused and remapped, not
+in which steps it is taken. The one published figure (an SDXL decode in float32, +5.44 GiB reserved,
+https://github.com/invoke-ai/InvokeAI/pull/7674) lies between that decode's allocated peak, 3.75,
+and what this model reserves for it, 6.94.
 """
 
 from __future__ import annotations
@@ -25,16 +36,24 @@ SMALL_REQUEST_BYTES = 1 * MIB
 """Largest rounded request that the small pool serves: ``kSmallSize``."""
 
 SMALL_SEGMENT_BYTES = 2 * MIB
-"""Segment of the small pool: ``kSmallBuffer``."""
+"""Segment of the small pool, or the page in which it grows: ``kSmallBuffer``."""
 
 LARGE_SEGMENT_BYTES = 20 * MIB
-"""Segment for requests between the small pool and ``LARGE_REQUEST_BYTES``: ``kLargeBuffer``."""
+"""Segment for requests between the small pool and ``LARGE_REQUEST_BYTES``; with expandable segments
+the page in which the large pool grows: ``large_segment_size_``."""
 
 LARGE_REQUEST_BYTES = 10 * MIB
 """From here on a request gets a segment of its own: ``kMinLargeAlloc``."""
 
 LARGE_SEGMENT_STEP_BYTES = 2 * MIB
 """Own segments are rounded up to a multiple of this: ``kRoundLarge``."""
+
+ADDRESS_RANGE_BYTES = 1 << 50
+"""Room that an expandable segment may grow into.
+
+torch reserves 9/8 of the GPU's memory; it never runs out of it before the GPU does, so that any
+size beyond every GPU will do here.
+"""
 
 
 def block_bytes(num_bytes: int) -> int:
@@ -47,9 +66,18 @@ def block_bytes(num_bytes: int) -> int:
 
 
 class Block:
-    """A piece of a segment, in use or free; neighbours of the same segment are linked."""
+    """A piece of a segment, in use, free or without memory; neighbours in a segment are linked."""
 
-    __slots__ = ("address", "is_free", "next", "num_bytes", "pool", "previous", "requested_bytes")
+    __slots__ = (
+        "address",
+        "is_free",
+        "is_mapped",
+        "next",
+        "num_bytes",
+        "pool",
+        "previous",
+        "requested_bytes",
+    )
 
     def __init__(self, address: int, num_bytes: int, pool: _Pool) -> None:
         self.address = address
@@ -57,27 +85,157 @@ class Block:
         self.pool = pool
         self.requested_bytes = 0
         self.is_free = False
+        """In the pool, and backed by memory."""
+        self.is_mapped = True
+        """Backed by memory; addresses of an expandable segment may not be."""
         self.previous: Block | None = None
         self.next: Block | None = None
 
+    def split(self, num_bytes: int) -> Block:
+        """Keep the first *num_bytes*; return the rest, linked behind."""
+        rest = Block(self.address + num_bytes, self.num_bytes - num_bytes, self.pool)
+        rest.is_mapped = self.is_mapped
+        rest.previous, rest.next = self, self.next
+        if self.next is not None:
+            self.next.previous = rest
+        self.next = rest
+        self.num_bytes = num_bytes
+        return rest
+
+    def absorb(self, neighbour: Block) -> None:
+        """Become one with the block before or after this one."""
+        self.num_bytes += neighbour.num_bytes
+        if neighbour is self.previous:
+            self.address = neighbour.address
+            self.previous = neighbour.previous
+            if self.previous is not None:
+                self.previous.next = self
+        else:
+            self.next = neighbour.next
+            if self.next is not None:
+                self.next.previous = self
+
 
 class _Pool:
-    """The free blocks of one stream and size class, sorted by size, then address."""
+    """The blocks of one stream and size class that can be had, sorted by size, then address."""
 
-    __slots__ = ("free", "smallest_rest_bytes")
+    __slots__ = ("free", "page_bytes", "smallest_rest_bytes", "unmapped")
 
-    def __init__(self, *, is_small: bool) -> None:
+    def __init__(self, *, is_small: bool, expandable: bool) -> None:
         self.free: list[tuple[int, int, Block]] = []
+        self.unmapped: list[tuple[int, Block]] = []
+        """Addresses without memory, in ascending order; the last reaches to the end of the range.
+        Empty where segments cannot grow."""
+        self.page_bytes = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
         self.smallest_rest_bytes = (
-            BLOCK_STEP_BYTES if is_small else SMALL_REQUEST_BYTES + BLOCK_STEP_BYTES
+            BLOCK_STEP_BYTES if is_small or expandable else SMALL_REQUEST_BYTES + BLOCK_STEP_BYTES
         )
 
     def add(self, block: Block) -> None:
+        """Take in *block*, merged with its free neighbours."""
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.is_free:
+                self.remove(neighbour)
+                block.absorb(neighbour)
         block.is_free = True
         insort(self.free, (block.num_bytes, block.address, block))
 
     def remove(self, block: Block) -> None:
         del self.free[bisect_left(self.free, (block.num_bytes, block.address))]
+
+    def take_best(self, needed: int) -> Block | None:
+        """Return the smallest free block that holds *needed* bytes; None if there is none.
+
+        A block that can grow counts with all that it can grow to, so that it is taken last.
+        """
+        free = self.free
+        place = bisect_left(free, (needed,))
+        if place == len(free):
+            return None
+        if self.unmapped:
+            while place + 1 < len(free) and _reach(free[place + 1][2]) < _reach(free[place][2]):
+                place += 1
+        return free.pop(place)[2]
+
+    def map_block(self, needed: int) -> tuple[Block, int]:
+        """Return a block with memory for *needed* bytes and how much new memory that took.
+
+        The lowest addresses that are free or without memory, in a row, and long enough.
+        """
+        start = next(
+            begin
+            for _, block in self.unmapped
+            if _has_room(begin := _with_free_before(block), needed)
+        )
+        new_bytes = 0
+        while not start.is_mapped or start.num_bytes < needed:
+            block = start if not start.is_mapped else start.next
+            assert block is not None
+            missing = needed if block is start else needed - start.num_bytes
+            pages = -(-min(missing, block.num_bytes) // self.page_bytes)
+            place = bisect_left(self.unmapped, (block.address,))
+            if pages * self.page_bytes < block.num_bytes:
+                rest = block.split(pages * self.page_bytes)
+                self.unmapped[place] = rest.address, rest
+            else:
+                del self.unmapped[place]
+            new_bytes += block.num_bytes
+            block.is_mapped = True
+            self.add(block)
+            start = block
+        self.remove(start)
+        return start, new_bytes
+
+    def release(self) -> int:
+        """Give up all memory that nothing in use shares a segment or page with; return how much."""
+        if not self.unmapped:
+            whole = [e for e in self.free if e[2].previous is None and e[2].next is None]
+            # In place: an allocation that had to flush goes on with the same list.
+            self.free[:] = [e for e in self.free if e[2].previous or e[2].next]
+            return sum(num_bytes for num_bytes, _, _ in whole)
+        return sum(self._unmap(block) for _, _, block in list(self.free))
+
+    def _unmap(self, block: Block) -> int:
+        base = block.address // ADDRESS_RANGE_BYTES * ADDRESS_RANGE_BYTES
+        page_bytes, offset = self.page_bytes, block.address - base
+        begin = -(-offset // page_bytes) * page_bytes
+        end = (offset + block.num_bytes) // page_bytes * page_bytes
+        if begin >= end:
+            return 0
+        self.remove(block)
+        block.is_free = False
+        if begin > offset:
+            before, block = block, block.split(begin - offset)
+            before.is_free = True
+            insort(self.free, (before.num_bytes, before.address, before))
+        if end - begin < block.num_bytes:
+            after = block.split(end - begin)
+            after.is_free = True
+            insort(self.free, (after.num_bytes, after.address, after))
+        block.is_mapped = False
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and not neighbour.is_mapped:
+                del self.unmapped[bisect_left(self.unmapped, (neighbour.address,))]
+                block.absorb(neighbour)
+        insort(self.unmapped, (block.address, block))
+        return end - begin
+
+
+def _reach(block: Block) -> int:
+    after = block.next
+    return block.num_bytes + (after.num_bytes if after is not None and not after.is_mapped else 0)
+
+
+def _with_free_before(block: Block) -> Block:
+    before = block.previous
+    return before if before is not None and before.is_free else block
+
+
+def _has_room(block: Block | None, needed: int) -> bool:
+    while needed > 0 and block is not None and (block.is_free or not block.is_mapped):
+        needed -= block.num_bytes
+        block = block.next
+    return needed <= 0
 
 
 class CachingAllocator:
@@ -92,13 +250,15 @@ class CachingAllocator:
     (0, 20)
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
-        """Start empty.
+    def __init__(self, capacity_bytes: int | None = None, *, expandable: bool = False) -> None:
+        """Start empty, with segments that can grow if *expandable*.
 
-        Before more than *capacity_bytes* would be reserved, all cached segments are given back.
-        What still does not fit is reserved above it; there, torch raises ``OutOfMemoryError``.
+        Before more than *capacity_bytes* would be reserved, all cached memory is given back, which
+        waits for deferred frees. What still does not fit is reserved above it; there, torch raises
+        ``OutOfMemoryError``.
         """
         self.capacity_bytes = capacity_bytes
+        self.expandable = expandable
         self.allocated_bytes = 0
         self.requested_bytes = 0
         self.reserved_bytes = 0
@@ -106,6 +266,7 @@ class CachingAllocator:
         self.peak_requested_bytes = 0
         self.peak_reserved_bytes = 0
         self._pools: dict[tuple[int, bool], _Pool] = {}
+        self._deferred: list[Block] = []
         self._next_address = 0
 
     def allocate(self, num_bytes: int, stream: int = 0) -> Block:
@@ -114,23 +275,15 @@ class CachingAllocator:
         is_small = needed <= SMALL_REQUEST_BYTES
         pool = self._pools.get((stream, is_small))
         if pool is None:
-            pool = self._pools[stream, is_small] = _Pool(is_small=is_small)
+            pool = self._pools[stream, is_small] = self._new_pool(is_small=is_small)
         if needed == 0:
             return Block(-1, 0, pool)
-        free = pool.free
-        place = bisect_left(free, (needed,))
-        block = free.pop(place)[2] if place < len(free) else self._new_segment(needed, pool)
+        block = pool.take_best(needed) or self._reserve(needed, pool)
         block.is_free = False
-        rest = block.num_bytes - needed
-        if rest >= pool.smallest_rest_bytes:
-            remainder = Block(block.address + needed, rest, pool)
-            remainder.previous, remainder.next = block, block.next
-            if block.next is not None:
-                block.next.previous = remainder
-            block.next = remainder
-            block.num_bytes = needed
-            remainder.is_free = True
-            insort(free, (rest, remainder.address, remainder))
+        if block.num_bytes - needed >= pool.smallest_rest_bytes:
+            rest = block.split(needed)
+            rest.is_free = True
+            insort(pool.free, (rest.num_bytes, rest.address, rest))
         block.requested_bytes = num_bytes
         self.requested_bytes += num_bytes
         self.allocated_bytes += block.num_bytes
@@ -144,38 +297,37 @@ class CachingAllocator:
         """Give *block* back to its pool, merged with free neighbours."""
         if block.num_bytes == 0:
             return
-        if block.is_free:
-            raise ValueError(f"The block at {block.address} was freed twice.")
-        self.allocated_bytes -= block.num_bytes
-        self.requested_bytes -= block.requested_bytes
-        pool = block.pool
-        before, after = block.previous, block.next
-        if before is not None and before.is_free:
-            pool.remove(before)
-            block.address = before.address
-            block.num_bytes += before.num_bytes
-            block.previous = before.previous
-            if before.previous is not None:
-                before.previous.next = block
-        if after is not None and after.is_free:
-            pool.remove(after)
-            block.num_bytes += after.num_bytes
-            block.next = after.next
-            if after.next is not None:
-                after.next.previous = block
-        pool.add(block)
+        self._uncount(block)
+        block.pool.add(block)
+
+    def free_when_unused(self, block: Block) -> None:
+        """Free *block*, which other streams still use (``record_stream``).
+
+        It counts as allocated no longer, and cannot be had again before
+        :meth:`complete_deferred_frees`.
+        """
+        if block.num_bytes == 0:
+            return
+        self._uncount(block)
+        self._deferred.append(block)
+
+    @property
+    def num_deferred(self) -> int:
+        """How many freed blocks still wait for other streams."""
+        return len(self._deferred)
+
+    def complete_deferred_frees(self, num_blocks: int | None = None) -> None:
+        """Return the first *num_blocks* that waited for other streams to their pools, or all."""
+        deferred = self._deferred[:num_blocks]
+        self._deferred = self._deferred[len(deferred) :]
+        for block in deferred:
+            block.pool.add(block)
 
     def empty_cache(self) -> None:
-        """Give every segment without a block in use back to the driver."""
+        """Give memory that nothing uses back to the driver, after waiting for all streams."""
+        self.complete_deferred_frees()
         for pool in self._pools.values():
-            kept = []
-            for entry in pool.free:
-                if entry[2].previous is None and entry[2].next is None:
-                    self.reserved_bytes -= entry[0]
-                else:
-                    kept.append(entry)
-            # In place: an allocation that had to flush goes on with the same list.
-            pool.free[:] = kept
+            self.reserved_bytes -= pool.release()
 
     def reset_peak(self) -> None:
         """Start the three peaks anew from what is held now."""
@@ -183,21 +335,42 @@ class CachingAllocator:
         self.peak_requested_bytes = self.requested_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def _new_segment(self, needed: int, pool: _Pool) -> Block:
+    def _uncount(self, block: Block) -> None:
+        if block.requested_bytes == 0:
+            raise ValueError(f"The block at {block.address} was freed twice.")
+        self.allocated_bytes -= block.num_bytes
+        self.requested_bytes -= block.requested_bytes
+        block.requested_bytes = 0
+
+    def _new_pool(self, *, is_small: bool) -> _Pool:
+        pool = _Pool(is_small=is_small, expandable=self.expandable)
+        if self.expandable:
+            segment = Block(self._next_address, ADDRESS_RANGE_BYTES, pool)
+            segment.is_mapped = False
+            pool.unmapped.append((segment.address, segment))
+            self._next_address += ADDRESS_RANGE_BYTES
+        return pool
+
+    def _reserve(self, needed: int, pool: _Pool) -> Block:
+        """Take memory from the driver, after flushing where the capacity would be exceeded."""
         if needed <= SMALL_REQUEST_BYTES:
             segment_bytes = SMALL_SEGMENT_BYTES
         elif needed < LARGE_REQUEST_BYTES:
             segment_bytes = LARGE_SEGMENT_BYTES
         else:
             segment_bytes = -(-needed // LARGE_SEGMENT_STEP_BYTES) * LARGE_SEGMENT_STEP_BYTES
+        # torch compares the whole segment even where it then maps a page or two
         capacity_bytes = self.capacity_bytes
         if capacity_bytes is not None and self.reserved_bytes + segment_bytes > capacity_bytes:
             self.empty_cache()
+        if self.expandable:
+            block, segment_bytes = pool.map_block(needed)
+        else:
+            block = Block(self._next_address, segment_bytes, pool)
+            self._next_address += segment_bytes
         self.reserved_bytes += segment_bytes
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes
-        block = Block(self._next_address, segment_bytes, pool)
-        self._next_address += segment_bytes
         return block
 
 
