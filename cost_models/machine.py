@@ -47,6 +47,9 @@ class Gpu:
     tdp_w: float | None = None
     unified_memory: bool = False
     """The GPU allocates from host RAM (Apple, integrated)."""
+    expandable_segments: bool = False
+    """torch's allocator in the process that will run was told to let its segments grow
+    (``PYTORCH_ALLOC_CONF=expandable_segments:True``)."""
     server: bool = False
     """A data-centre part: its hosts launch kernels slower than desktops (latency rule 9)."""
     provenance: Mapping[str, Provenance] = field(default_factory=dict)

@@ -88,7 +88,7 @@ class Replay:
     ) -> None:
         self.workload = workload
         self.choices = choices
-        self.allocator = CachingAllocator(capacity_bytes)
+        self.allocator = CachingAllocator(capacity_bytes, expandable=gpu.expandable_segments)
         self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
         self.peak_reserved_bytes = [0] * len(workload.phases)
         self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,64 @@ INTEL_PCI_VENDOR = "0x8086"
 """Intel's vendor number as sysfs prints it. https://pci-ids.ucw.cz/read/PC/8086"""
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Where torch reads its allocator's settings; the first that is set counts alone.
+``CUDAAllocatorConfig::instance`` in c10/cuda/CUDAAllocatorConfig.h, torch 2.13."""
+
+UNMODELLED_SETTINGS = (
+    "max_split_size_mb",
+    "garbage_collection_threshold",
+    "roundup_power2_divisions",
+    "large_segment_size_mb",
+    "pinned_max_round_threshold_mb",
+    "pinned_max_cached_size_mb",
+    "pinned_reserve_segment_size_mb",
+)
+"""Settings there that change how much is reserved or pinned, in ways that no model here follows."""
+
+
 def probe() -> Machine:
-    """Return the GPUs that torch sees, in its order, and the host.
+    """Return the GPUs that torch sees, in its order, the host, and how torch will allocate.
 
     Asks the NVIDIA driver without initialising CUDA. Imports torch only where no NVIDIA GPU
     answers and something else might: AMD, Intel, Apple, or a container without NVML.
     """
+    machine = _hardware()
+    expandable, notes = allocator_settings(os.environ)
+    if not machine.gpus:
+        return machine
+    gpus = tuple(replace(gpu, expandable_segments=expandable) for gpu in machine.gpus)
+    return replace(machine, gpus=gpus, notes=machine.notes + notes)
+
+
+def allocator_settings(
+    environ: Mapping[str, str], platform: str = sys.platform
+) -> tuple[bool, tuple[str, ...]]:
+    """Return whether torch's segments grow in a process with *environ*, and what is not modelled.
+
+    >>> allocator_settings({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "linux")
+    (True, ())
+    """
+    name = next((name for name in ALLOCATOR_VARIABLES if name in environ), "")
+    # a value may be a list, as in roundup_power2_divisions:[256:1,>:2]
+    pairs = re.findall(r"(\w+)\s*:\s*(\[[^]]*\]|[^,]*)", environ.get(name, ""))
+    settings = {key: value.strip() for key, value in pairs}
+    notes = [
+        f"{name} sets {key}, which predictions of memory leave out."
+        for key in settings
+        if key in UNMODELLED_SETTINGS
+    ]
+    if settings.get("backend", "native") != "native":
+        notes.append(
+            f"{name} chooses the backend {settings['backend']}, whose steps of reserving are not "
+            "known: reserved memory is predicted as the native backend's."
+        )
+    # Growing needs the driver's virtual memory calls, which torch builds in on Linux only.
+    expandable = settings.get("expandable_segments") == "True" and platform == "linux"
+    return expandable, tuple(notes)
+
+
+def _hardware() -> Machine:
     reading = read_nvidia(os.environ, sys.modules.get("torch"))
     if reading.num_gpus:
         host = read_host(pinnable_share=HALF_PINNABLE_SHARE if is_wddm() else WHOLE_PINNABLE_SHARE)

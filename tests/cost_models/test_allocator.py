@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.cost_models.workloads import GPU, linear_stack, routine, workload
 
 from pipefit.cost_models.allocator import (
     ADDRESS_RANGE_BYTES,
@@ -16,7 +17,11 @@ from pipefit.cost_models.allocator import (
     allocated_bytes,
     block_bytes,
 )
+from pipefit.cost_models.memory import simulate
+from pipefit.cost_models.placement import Resident
+from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.units import GIB, MIB
+from pipefit.cost_models.workload import Event
 
 SIZES = st.one_of(
     # few sizes, so that freed blocks are met again by what fits exactly or nearly
@@ -483,3 +488,20 @@ def test_sdxl_weights_take_more_blocks_than_bytes() -> None:
     assert allocator.requested_bytes / GIB == pytest.approx(6.461, abs=0.002)
     assert allocator.allocated_bytes / GIB == pytest.approx(6.572, abs=0.003)
     assert allocator.reserved_bytes / GIB == pytest.approx(6.85, abs=0.01)
+
+
+@pytest.mark.parametrize(("expandable", "reserved_mib"), [(False, 66), (True, 40)])
+def test_a_call_is_replayed_as_the_process_will_allocate(
+    expandable: bool, reserved_mib: int
+) -> None:
+    """30 MiB, given back, then 35: the second needs new memory unless segments grow."""
+    events: list[Event] = [("a", 0, 30 * MIB), ("f", 0), ("a", 1, 35 * MIB), ("f", 1)]
+    found = workload(
+        [linear_stack("unet", [])],
+        [routine(*events)],
+        [("c", 0, "/unet", (), ())],
+        [("unet", "forward", 1)],
+    )
+    gpu = replace(GPU, expandable_segments=expandable)
+    (phase,) = simulate(found, {"unet": Choice(placement=Resident())}, gpu)
+    assert phase.reserved_bytes == reserved_mib * MIB

@@ -33,14 +33,19 @@ from pipefit.planner.host import (
     read_host,
 )
 from pipefit.planner.nvidia import torch_devices, visible_uuids
-from pipefit.planner.probe import cpu_machine, may_have_other_gpu, torch_gpus
+from pipefit.planner.probe import (
+    allocator_settings,
+    cpu_machine,
+    may_have_other_gpu,
+    torch_gpus,
+)
 
 ANSWER_REQUESTS = """
 import json, os, sys
 from pipefit.cost_models.serial import to_json
 from pipefit.planner.probe import probe
 for line in sys.stdin:
-    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_ALLOC_CONF"):
         os.environ.pop(name, None)
     os.environ.update(json.loads(line))
     print(json.dumps([to_json(probe()), "torch" in sys.modules]), flush=True)
@@ -601,3 +606,50 @@ def test_cpu_stands_for_a_gpu_without_context() -> None:
     assert (cpu.architecture, cpu.context_bytes) == ("cpu", 0)
     assert cpu.total_bytes == machine.host.total_bytes
     assert 0 < cpu.free_bytes <= cpu.total_bytes
+
+
+# -- how torch will allocate
+
+
+def test_growing_segments_are_read_from_the_environment(probe_with: Probe) -> None:
+    assert not probe_with(RTX_4060).gpus[0].expandable_segments
+    machine = probe_with(RTX_4060, PYTORCH_ALLOC_CONF="expandable_segments:True")
+    assert machine.gpus[0].expandable_segments
+
+
+@pytest.mark.parametrize(
+    ("environ", "expandable", "named"),
+    [
+        ({}, False, ()),
+        ({"PYTORCH_ALLOC_CONF": " expandable_segments : True "}, True, ()),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False, ()),
+        (
+            {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:[256:1,>:4],expandable_segments:True"},
+            True,
+            ("roundup_power2_divisions",),
+        ),
+        # the older name hides the newer, seen with torch 2.13 in _accelerator_getAllocatorSettings
+        (
+            {
+                "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512,garbage_collection_threshold:0.6",
+                "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            },
+            False,
+            ("max_split_size_mb", "garbage_collection_threshold"),
+        ),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, False, ("cudaMallocAsync",)),
+        ({"PYTORCH_ALLOC_CONF": "backend:native,per_process_memory_fraction:0.5"}, False, ()),
+    ],
+)
+def test_allocator_settings_are_followed_or_named(
+    environ: dict[str, str], expandable: bool, named: tuple[str, ...]
+) -> None:
+    found, notes = allocator_settings(environ, "linux")
+    assert found == expandable
+    assert len(notes) == len(named)
+    assert all(name in note for name, note in zip(named, notes, strict=True))
+
+
+def test_segments_grow_on_linux_only() -> None:
+    settings = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert allocator_settings(settings, "win32") == (False, ())
