@@ -42,7 +42,7 @@ from pipefit.cost_models.transfers import (
     LinkRates,
     link_rates,
 )
-from pipefit.cost_models.workload import Component, Kernel, Workload
+from pipefit.cost_models.workload import SYNCHRONISE, Component, Kernel, Workload
 from pipefit.errors import InvalidRequest
 
 Attention = Literal["native", "flash", "efficient", "math", "xformers", "cudnn"]
@@ -162,6 +162,8 @@ def kernel_seconds(kernel: Kernel, gpu: Gpu, attention: Attention = "native") ->
 
 def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> int:
     """Return how many launches the host issues for *kernel*; those inside cuDNN cost it nothing."""
+    if kernel == SYNCHRONISE:
+        return 0
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return MATH_ATTENTION_LAUNCHES + kernel.masked
     return 2 if kernel.kind == "norm" and "group_norm" in kernel.name else 1

@@ -198,9 +198,8 @@ class MemoryModel:
         if isinstance(placement, SequentialOffload):
             peak_bytes = self._streamed(component, choice, call).peak.peak_bytes
             return peak_bytes + self._resting_bytes(component, choice)
-        if isinstance(placement, GroupOffload) and not placement.record_stream:
+        if isinstance(placement, GroupOffload):
             return self._streamed(component, choice, call).peak.peak_bytes
-        # With record_stream the host runs ahead of the GPU, bounded by copies only: all weights.
         weight_bytes = self._weight_bytes[component.name] + _added_to(component, call)
         return weight_bytes + self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
 

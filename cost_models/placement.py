@@ -34,6 +34,7 @@ class GroupOffload:
     record_stream: bool = False
     non_blocking: bool = False
     low_cpu_mem_usage: bool = False
+    offload_to_disk_path: str | None = None
     block_modules: tuple[str, ...] = ()
 
 

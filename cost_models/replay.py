@@ -11,15 +11,18 @@ group offload never does.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import Block, CachingAllocator
+from pipefit.cost_models.clock import Clock
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    Placement,
     Resident,
     SequentialOffload,
 )
@@ -68,6 +71,8 @@ class _Settled:
     """Above ``state_bytes``."""
     added_bytes: int
     returned_bytes: tuple[int, ...]
+    times: tuple[float, float]
+    """What the clock, where there is one, had to :meth:`Clock.skip`."""
     num_replays: int
 
 
@@ -108,7 +113,9 @@ class Replay:
         self._hooks: dict[str, GroupHooks] = {}
         self._streams = {c.name: i for i, c in enumerate(workload.components, start=1)}
         self._group_blocks: dict[tuple[str, int], list[Block]] = {}
-        self._deferred: list[Block] = []
+        runs_ahead = any(_records_stream(choice.placement) for choice in choices.values())
+        self._clock = Clock(workload.kernels, gpu) if runs_ahead else None
+        self._unused_at_s: deque[float] = deque()
         self._settled: dict[tuple[int, str, str], _Settled] = {}
         self._num_events: dict[int, int] = {}
 
@@ -147,9 +154,6 @@ class Replay:
             self._load(component, self._tensor_bytes[component])
         outside = [blocks.pop(n) for n in freed]
         results = self._call(index, component, below, outside, is_entered=True)
-        for block in self._deferred:
-            self._free_weight(block)
-        self._deferred.clear()
         # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
         for block in outside[self.workload.routines[index].num_outside :]:
             self._free(block)
@@ -213,28 +217,62 @@ class Replay:
 
     def _onload_groups(self, hooks: GroupHooks, component: str, path: str, entry: str) -> None:
         ratio = self._weight_ratio.get(component, 1.0)
+        placement = self.choices[component].placement
         for index in hooks.before(path, entry):
             group = hooks.groups[index]
-            stream = self._streams[component] if group.is_streamed else 0
-            self._group_blocks[component, index] = [
-                self._allocate_weight(round(n * ratio), stream) for n in group.tensor_bytes
-            ]
-            if isinstance(self.choices[component].placement, SequentialOffload):
+            sizes = [round(n * ratio) for n in group.tensor_bytes]
+            if group.is_streamed:
+                blocks = self._stream_in(sizes, component, is_blocking=hooks.is_blocking(index))
+            else:
+                if self._clock is not None:
+                    self._clock.wait_for_gpu()
+                blocks = [self._allocate_weight(n, 0) for n in sizes]
+            self._group_blocks[component, index] = blocks
+            if isinstance(placement, SequentialOffload):
                 self.allocator.empty_cache()
+
+    def _stream_in(self, sizes: Iterable[int], component: str, *, is_blocking: bool) -> list[Block]:
+        clock, stream = self._clock, self._streams[component]
+        if clock is None:
+            return [self._allocate_weight(num_bytes, stream) for num_bytes in sizes]
+        placement = self.choices[component].placement
+        blocks = []
+        clock.begin_group()
+        for num_bytes in sizes:
+            clock.copy(num_bytes, placement, is_blocking=is_blocking)
+            self._collect_unused(clock.host_s)
+            blocks.append(self._allocate_weight(num_bytes, stream))
+        return blocks
+
+    def _collect_unused(self, now_s: float) -> None:
+        """Return dropped weights to the copy stream's pool once what reads them is done.
+
+        Only the next allocation looks, and first in, first out: ``process_events`` in
+        ``c10/cuda/CUDACachingAllocator.cpp``, torch 2.13.
+        """
+        unused_at_s, num_done = self._unused_at_s, 0
+        while len(unused_at_s) > self.allocator.num_deferred:  # an emptied cache waited for them
+            unused_at_s.popleft()
+        while unused_at_s and unused_at_s[0] <= now_s:
+            unused_at_s.popleft()
+            num_done += 1
+        self.allocator.complete_deferred_frees(num_done)
 
     def _offload_groups(self, hooks: GroupHooks, component: str, path: str) -> None:
         placement = self.choices[component].placement
         for index in hooks.after(path):
             blocks = self._group_blocks.pop((component, index))
-            if (
-                isinstance(placement, GroupOffload)
-                and placement.record_stream
-                and hooks.groups[index].is_streamed
-            ):
-                # The host runs ahead of the GPU, so freed weights are not reusable yet; how far
-                # ahead is bounded by the copies only: count them until the call ends.
-                self._deferred += blocks
+            if self._clock is None:
+                for block in blocks:
+                    self._free_weight(block)
+            elif _records_stream(placement) and hooks.groups[index].is_streamed:
+                for block in blocks:
+                    if block.num_bytes:
+                        self._weight_bytes -= block.num_bytes
+                        self.allocator.free_when_unused(block)
+                        self._unused_at_s.append(self._clock.gpu_s)
             else:
+                self._clock.wait_for_gpu()
                 for block in blocks:
                     self._free_weight(block)
 
@@ -247,8 +285,9 @@ class Replay:
         if hooks is not None and not hooks.concerns(path):
             hooks = None
         # While weights move, only whole calls settle: where a block's results land among the cached
-        # weights matters for the next block.
-        if self._events_of(index) < SMALLEST_SETTLED_EVENTS or (hooks and path):
+        # weights matters for the next block, and so does when it is done.
+        is_part = path and (hooks is not None or self._clock is not None)
+        if is_part or self._events_of(index) < SMALLEST_SETTLED_EVENTS:
             return self._replay(index, component, path, outside, hooks if is_entered else None)
         key = (index, component, path) if hooks else (index, "", "")
         loaded = frozenset(hooks.loaded) if hooks else frozenset()
@@ -277,6 +316,8 @@ class Replay:
         before, outer_peak = self._now(), self._peak
         state_bytes, reserved_bytes = self._state_bytes(component), allocator.reserved_bytes
         outer_reserved_bytes = allocator.peak_reserved_bytes
+        clock = self._clock
+        begin_s = clock.host_s if clock is not None else 0.0
         loaded = frozenset(hooks.loaded) if hooks else frozenset()
         num_recorders = len(hooks.recorders) if hooks else 0
         self._peak = before
@@ -301,6 +342,7 @@ class Replay:
                 peak_reserved_bytes=peak_reserved_bytes - state_bytes,
                 added_bytes=added_bytes,
                 returned_bytes=tuple(block.requested_bytes for block in results),
+                times=clock.since(begin_s) if clock is not None else (0.0, 0.0),
                 num_replays=1 + (settled.num_replays if settled else 0),
             )
         return results
@@ -323,6 +365,8 @@ class Replay:
         allocator.peak_reserved_bytes = max(
             allocator.peak_reserved_bytes, settled.state_bytes + settled.peak_reserved_bytes
         )
+        if self._clock is not None:
+            self._clock.skip(*settled.times)
         results = [allocator.allocate(num_bytes) for num_bytes in settled.returned_bytes]
         self._note_peak()
         for block in outside:
@@ -364,6 +408,8 @@ class Replay:
         return [blocks[n] for n in routine.returns]
 
     def _launch(self, kernel: int) -> None:
+        if self._clock is not None:
+            self._clock.launch(kernel)
         if self._is_gemm[kernel] and not self._has_cublas:
             self._has_cublas = True
             self._workspace_bytes += self.allocator.allocate(self._cublas_bytes).num_bytes
@@ -429,3 +475,7 @@ class Replay:
             )
         self._peak = self._now()
         allocator.reset_peak()
+
+
+def _records_stream(placement: Placement) -> bool:
+    return isinstance(placement, GroupOffload) and placement.use_stream and placement.record_stream

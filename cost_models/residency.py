@@ -262,6 +262,11 @@ class GroupHooks:
         self._leads = {group.paths[0]: i for i, group in enumerate(self.groups)}
         self._ends = {group.paths[-1]: i for i, group in enumerate(self.groups)}
         self._next: dict[int, int] = {}
+        self._blocking = {
+            i
+            for i, group in enumerate(self.groups)
+            if group.is_streamed and group.paths[0] not in groups.recorders
+        }
         self._order: dict[str, list[int]] = {}
         self._ancestors = {
             prefix for path in (*self._leads, *self._ends) for prefix in _prefixes(path)
@@ -275,6 +280,10 @@ class GroupHooks:
     def is_recording(self) -> bool:
         """Whether a recorder's first forward is under way."""
         return bool(self._order)
+
+    def is_blocking(self, index: int) -> bool:
+        """Whether the host waits for each tensor of the group: until its place is recorded."""
+        return index in self._blocking
 
     def before(self, path: str, entry: str) -> tuple[int, ...]:
         """Return the groups to copy in before the call of *path*."""
@@ -297,6 +306,7 @@ class GroupHooks:
         if order is not None:
             self.recorders.discard(path)
             called = [self._leads[path], *order] if path in self._leads else order
+            self._blocking.difference_update(order)
             self._next.update(pairwise(called))
         index = self._ends.get(path)
         if index is None or index not in self.loaded:

@@ -9,7 +9,8 @@ Events are tuples, so that traces of video decoders stay small and fast:
 * ``("a", buffer, num_bytes)``: allocate; *buffer* numbers a storage in this routine.
 * ``("f", buffer)``: free a buffer of this routine.
 * ``("x", k)``: free the k-th outside buffer, one of the caller's (see ``Routine.num_outside``).
-* ``("k", kernel)``: launch ``Workload.kernels[kernel]``.
+* ``("k", kernel)``: launch ``Workload.kernels[kernel]``; :data:`SYNCHRONISE` launches nothing, the
+  host waits there until the GPU has done all it was given.
 * ``("c", routine, path, returned, outside)``: call ``Workload.routines[routine]`` on submodule
   *path*.
 * ``("w", component, delta_bytes)``: the component's own weights change size from here on.
@@ -69,6 +70,10 @@ class Kernel:
     """conv: the input needs no copy before the library sees it (findings 4.1, last sentence)."""
     masked: bool = False
     """attention: a mask or bias tensor is given."""
+
+
+SYNCHRONISE = Kernel(kind="copy", name="synchronise", dtype="", read_bytes=0, write_bytes=0)
+"""Stands where the host reads a value of the GPU or copies to or from ordinary host memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pipefit.cost_models.workload import Kernel, Routine
+from pipefit.cost_models.workload import SYNCHRONISE, Kernel, Routine
 from pipefit.planner.kernels import kernel_of
 from pipefit.planner.signatures import (
     GPU,
@@ -224,6 +224,11 @@ class Recorder(Observer):
         else:
             where = self.stack[-1].path or "the pipeline"
             self.unknown_reads[where] = self.unknown_reads.get(where, 0) + 1
+
+    def synchronised(self) -> None:
+        if self.stack and not self._muted:
+            kernel = self.kernels.setdefault(SYNCHRONISE, len(self.kernels))
+            self.stack[-1].events.append(("k", kernel))
 
     def written(self, buffer: Buffer) -> None:
         if self.stack:

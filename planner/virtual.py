@@ -362,6 +362,8 @@ class VirtualMachine:
         """An operator whose result or shape depends on values: known ones, else zeros."""
         func = operator.func
         device, buffers = self._home(operator, given)
+        if device is not None and device.type == "cuda":
+            self.observer.synchronised()
         if operator.indexes:
             masks = [i for i in args[1] if _is_mask(i)]
             self.observer.value_read(all(known_value(m) is not None for m in masks), func)
@@ -651,6 +653,8 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     if target.is_cuda:
         launch = _launch(machine, operator, args, target.dtype, None)
         machine.observer.launched(launch, operator.func, args, kwargs, target)
+    if not ((len(args) > 2 and args[2]) or kwargs.get("non_blocking")):
+        _wait_between_places(machine, source, target)
     return target
 
 
@@ -661,7 +665,9 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     dtype = kwargs.get("dtype") or source.dtype
     value = known_value(source)
     if home.type == "cpu" and value is not None and _all_small((source,)):
-        return value.to(dtype, copy=True)
+        known = value.to(dtype, copy=True)
+        _wait_between_places(machine, source, known)
+        return known
     if home.type == "meta" and isinstance(source, VirtualTensor):
         home = buffer_of(source).device
     layout = kwargs.get("memory_format") or torch.preserve_format
@@ -669,9 +675,18 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     out = machine._materialise(launch.outputs, home)
     if home is not None and home.type == "cuda":
         machine.observer.launched(launch, operator.func, args, kwargs, out)
+    if not kwargs.get("non_blocking"):
+        _wait_between_places(machine, source, out)
     if value is not None:
         keep_value(out, value)
     return out
+
+
+def _wait_between_places(machine: VirtualMachine, one: torch.Tensor, other: torch.Tensor) -> None:
+    """A copy between host and GPU ends with a wait for the stream (``copy_kernel_cuda`` in
+    aten/src/ATen/native/cuda/Copy.cu, torch 2.13)."""
+    if one.is_cuda != other.is_cuda and one.numel():
+        machine.observer.synchronised()
 
 
 def _launch(

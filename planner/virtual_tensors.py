@@ -27,7 +27,8 @@ aten = torch.ops.aten
 
 
 class Observer:
-    """Hears of every allocation, free and kernel; the base class ignores them."""
+    """Hears of every allocation, free and kernel, and of every time that the host waits for the
+    GPU; the base class ignores them."""
 
     def allocated(self, buffer: Buffer) -> None: ...
 
@@ -38,6 +39,8 @@ class Observer:
     ) -> None: ...
 
     def value_read(self, known: bool, func: Any) -> None: ...
+
+    def synchronised(self) -> None: ...
 
     def written(self, buffer: Buffer) -> None: ...
 
@@ -165,6 +168,8 @@ class VirtualTensor(torch.Tensor):
     def tolist(self) -> Any:
         observer = buffer_of(self).machine.observer
         observer.value_read(known_value(self) is not None, "tolist")
+        if self.is_cuda:
+            observer.synchronised()
         return values(self).tolist()
 
     def __getitem__(self, index: Any) -> torch.Tensor:

@@ -162,14 +162,6 @@ def test_one_component_costs_the_same_in_both_models(placement: Placement) -> No
     ]
 
 
-def test_recorded_streams_are_charged_all_their_weights() -> None:
-    found = stack_workload()
-    recorded = replace(LEAVES_STREAMED, record_stream=True)
-    (phase,) = replayed(found, recorded)
-    assert phase.weight_bytes >= found.components[0].weight_bytes
-    assert additive_bytes(found, choices(found, recorded))[0] >= phase.allocated_bytes
-
-
 # Whole calls.
 
 
