@@ -1,0 +1,322 @@
+"""Predicts published memory peaks and writes down how far off the predictions are.
+
+    python -m benchmarks.memory_accuracy            # prints the tables
+    python -m benchmarks.memory_accuracy --write    # and writes docs/accuracy.md
+
+Nothing is measured here: each record becomes a question to pipefit (benchmarks/published/), which
+traces the pipeline without weights and replays the call on a catalogue GPU. The published figures
+are other people's and not part of the project; ``--records`` names their file. Minutes on two cores
+with empty caches, less with warm ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.published.records import (
+    RECORDS,
+    Record,
+    Setup,
+    Unusable,
+    explanation,
+    is_compiled_where_it_peaks,
+    load,
+    setup_of,
+    subject_of,
+    usable,
+    weights_are_published,
+)
+from pipefit.cost_models.units import GIB
+
+DOC = Path(__file__).parent.parent / "docs" / "accuracy.md"
+
+OUTLIER = 0.02
+"""Errors above this share of the published figure are explained, or marked unexplained."""
+
+Kind = Literal["allocated", "reserved", "process"]
+KINDS: tuple[Kind, ...] = ("allocated", "reserved", "process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What pipefit says about one setup, in bytes."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    weights_bytes: int
+    """On the GPU where that is most."""
+    first_weights_bytes: int
+    """On the GPU in the first phase: what a resident pipeline holds after it was loaded."""
+    host_ram_bytes: int
+    peak_phase: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One record with its prediction, or with the reason why there is none."""
+
+    record: Record
+    kind: Kind
+    published_gib: float
+    predicted_gib: float | None = None
+    setup: Setup | None = None
+    has_published_weights: bool = False
+    """The record's own weights and the predicted growth: its storage format is not modelled."""
+    is_compiled: bool = False
+    """``torch.compile`` had the component that peaks, which pipefit does not model."""
+    note: str = ""
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less one."""
+        assert self.predicted_gib is not None
+        return self.predicted_gib / self.published_gib - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether the row is part of the summary."""
+        return self.predicted_gib is not None and not self.is_compiled
+
+
+def predict_setup(setup: Setup) -> Predicted:
+    """Ask pipefit; seconds where the trace is not in the cache."""
+    from pipefit import predict
+    from pipefit.planner.catalog import reference_machine
+
+    subject = subject_of(setup)
+    found = predict(
+        subject,
+        setup.strategies,
+        call=setup.call,
+        machine=reference_machine([setup.gpu]),
+        dtype=setup.dtype if isinstance(subject, str) else None,
+    )
+    (peak,) = found.peak_vram
+    return Predicted(
+        allocated_bytes=peak.allocated_bytes,
+        reserved_bytes=peak.reserved_bytes,
+        process_bytes=peak.process_bytes,
+        weights_bytes=max(phase.weights_bytes for phase in found.phases),
+        first_weights_bytes=found.phases[0].weights_bytes,
+        host_ram_bytes=found.host_ram_bytes,
+        peak_phase=max(found.phases, key=lambda p: p.allocated_bytes).name,
+    )
+
+
+def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
+    """Return a row for every usable record, each distinct setup predicted once."""
+    chosen = [record for record in records if usable(record)]
+    setups: dict[str, Setup] = {}
+    asked: list[tuple[Record, Setup | str]] = []
+    for record in chosen:
+        try:
+            setup = setup_of(record)
+        except Unusable as reason:
+            asked.append((record, str(reason)))
+        else:
+            setups[setup.key] = setup
+            asked.append((record, setup))
+    predicted = _predict_all(setups, num_workers)
+    return [
+        _row(record, setup, None if isinstance(setup, str) else predicted[setup.key])
+        for record, setup in asked
+    ]
+
+
+def _predict_all(setups: Mapping[str, Setup], num_workers: int) -> dict[str, Predicted | str]:
+    found: dict[str, Predicted | str] = {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        for i, (key, result) in enumerate(
+            zip(setups, pool.map(_predict_or_say, setups.values()), strict=True), start=1
+        ):
+            found[key] = result
+            print(f"{i}/{len(setups)} {setups[key].pipeline}", file=sys.stderr, flush=True)
+    return found
+
+
+def _predict_or_say(setup: Setup) -> Predicted | str:
+    from pipefit.errors import PipefitError
+
+    try:
+        return predict_setup(setup)
+    except PipefitError as error:
+        return str(error)
+
+
+def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) -> Row:
+    kind: Kind = record["peak_kind"].removesuffix("_presumed")
+    published: float = record["peak_memory_gib"]
+    if isinstance(setup, str) or isinstance(predicted, str) or predicted is None:
+        reason = setup if isinstance(setup, str) else str(predicted)
+        return Row(record=record, kind=kind, published_gib=published, note=reason)
+    num_bytes: int = getattr(predicted, f"{kind}_bytes")
+    if record["kind"].startswith("vae") and kind == "reserved":
+        num_bytes -= predicted.first_weights_bytes  # such records state the growth
+    predicted_gib = num_bytes / GIB
+    has_published_weights = weights_are_published(record) and bool(record["weights_gib"])
+    if has_published_weights:
+        predicted_gib += record["weights_gib"] - predicted.first_weights_bytes / GIB
+    row = Row(
+        record=record,
+        kind=kind,
+        published_gib=published,
+        predicted_gib=predicted_gib,
+        setup=setup,
+        has_published_weights=has_published_weights,
+        is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase),
+    )
+    notes = [explanation(record)] if abs(row.error) > OUTLIER else []
+    notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
+    return Row(**{**vars(row), "note": "; ".join(note for note in notes if note)})
+
+
+# -- figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Errors of one peak kind, every pipeline weighing the same."""
+
+    num_rows: int
+    num_pipelines: int
+    median: float
+    """Of the pipelines' median absolute errors."""
+    ninetieth: float
+    """The same at the ninetieth percentile: nine of ten pipelines are at most this far off."""
+    worst: float
+    """The largest absolute error of any row."""
+    lowest: float
+    """The most that any row is under-predicted: negative where one is."""
+    share_under: float
+    """Share of rows that are under-predicted, every pipeline weighing the same."""
+
+
+def summary(rows: Sequence[Row]) -> Summary:
+    """Return the figures of *rows*, of which there is at least one."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        errors[row.record["pipeline"]].append(row.error)
+    medians = sorted(statistics.median(map(abs, found)) for found in errors.values())
+    return Summary(
+        num_rows=len(rows),
+        num_pipelines=len(errors),
+        median=statistics.median(medians),
+        ninetieth=medians[max(0, -(-len(medians) * 9 // 10) - 1)],
+        worst=max(abs(row.error) for row in rows),
+        lowest=min(row.error for row in rows),
+        share_under=statistics.mean(
+            sum(e < 0 for e in found) / len(found) for found in errors.values()
+        ),
+    )
+
+
+# -- the page
+
+
+def page(rows: Sequence[Row], seconds: float) -> str:
+    """Return docs/accuracy.md."""
+    import diffusers
+    import torch
+
+    lines = [
+        "# How well memory is predicted",
+        "",
+        f"Written by `python -m benchmarks.memory_accuracy --write` with torch {torch.__version__}",
+        f"and diffusers {diffusers.__version__} in {seconds:.0f} s. Nothing here was measured by "
+        "this project.",
+        "",
+        *_summary_table(rows),
+    ]
+    for kind in KINDS:
+        lines += ["", f"## {kind.capitalize()}", "", *_pipeline_table(rows, kind)]
+        lines += ["", *_row_table([r for r in rows if r.kind == kind])]
+    return "\n".join(lines) + "\n"
+
+
+def _summary_table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| peak | pipelines | records | median | 90 % of pipelines | worst | most under | under |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kind in KINDS:
+        found = [row for row in rows if row.kind == kind and row.counts]
+        if not found:
+            continue
+        s = summary(found)
+        lines.append(
+            f"| {kind} | {s.num_pipelines} | {s.num_rows} | {s.median:.2%} | {s.ninetieth:.2%} | "
+            f"{s.worst:.1%} | {min(0.0, s.lowest):+.1%} | {s.share_under:.0%} |"
+        )
+    return lines
+
+
+def _pipeline_table(rows: Sequence[Row], kind: Kind) -> list[str]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.kind == kind and row.counts:
+            found[row.record["pipeline"]].append(row)
+    lines = [
+        "| pipeline | records | median error | lowest | highest |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, these in sorted(found.items()):
+        errors = [row.error for row in these]
+        lines.append(
+            f"| {name} | {len(these)} | {statistics.median(map(abs, errors)):.2%} | "
+            f"{min(errors):+.2%} | {max(errors):+.2%} |"
+        )
+    return lines
+
+
+def _row_table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| record | GPU | published | predicted | error | |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        name = row.record["id"]
+        if row.predicted_gib is None:
+            lines.append(f"| {name} | | {row.published_gib:.3f} | – | – | {row.note} |")
+            continue
+        assert row.setup is not None
+        marks = "†" * row.has_published_weights + "‡" * row.is_compiled
+        lines.append(
+            f"| {name} | {row.setup.gpu} | {row.published_gib:.3f} | {row.predicted_gib:.3f}{marks}"
+            f" | {row.error:+.2%} | {row.note} |"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the page, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, default=RECORDS, help="the published records")
+    parser.add_argument("--write", action="store_true", help=f"write {DOC.name}")
+    parser.add_argument("--only", default="", help="pipelines whose name contains this")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    given = parser.parse_args(arguments)
+    if not given.records.exists():
+        sys.exit(f"There are no records at {given.records}: name their file with --records.")
+    records = [r for r in load(given.records) if given.only.lower() in r["pipeline"].lower()]
+    started = time.perf_counter()
+    rows = rows_of(records, num_workers=given.workers)
+    text = page(rows, time.perf_counter() - started)
+    if given.write:
+        DOC.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What others measured, as questions to pipefit: records, what they ran, and how to run it."""

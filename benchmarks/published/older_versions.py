@@ -1,0 +1,99 @@
+"""What components did in older diffusers, for published measurements that were made with it.
+
+Two changes of 2024 moved peaks. The functions here bring the earlier behaviour back on a weightless
+pipeline, module by module, so that a record is compared with what ran then:
+
+* until 0.30 the convolution caches of CogVideoX's autoencoder were state of its modules, so that
+  old and new caches never lay side by side, frames were padded in a copy, and its spatial norm made
+  scale and shift one after the other (huggingface/diffusers#9524, in 0.31);
+* until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31).
+
+Classes are exchanged rather than methods, because a traced pipeline is copied first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    CogVideoXCausalConv3d,
+    CogVideoXSpatialNorm3D,
+)
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from torch.nn import functional as F
+
+Cache = list[Tensor]
+"""One tensor, or none once it was used: whoever holds the list no longer holds the tensor."""
+
+
+class CausalConv3dUntil030(CogVideoXCausalConv3d):
+    """Gives its cache up before the next one is made, and pads in a copy."""
+
+    def forward(self, inputs: Tensor, conv_cache: Cache | None = None) -> tuple[Tensor, Any]:
+        """Return (batch, channels, frames, height, width) convolved, and the next cache."""
+        if self.time_kernel_size > 1:
+            cached = [conv_cache[0]] if conv_cache else [inputs[:, :, :1]] * self.time_pad
+            inputs = torch.cat([*cached, inputs], dim=2)
+            del cached
+        if conv_cache:
+            conv_cache.pop()
+        cache = inputs[:, :, -self.time_kernel_size + 1 :].clone()
+        padding = (self.width_pad, self.width_pad, self.height_pad, self.height_pad)
+        inputs = F.pad(inputs, padding)
+        return self.conv(inputs), [cache]
+
+
+class SpatialNorm3DUntil030(CogVideoXSpatialNorm3D):
+    """Normalises, scales and shifts in turn, so that fewer tensors are alive."""
+
+    def forward(
+        self, f: Tensor, zq: Tensor, conv_cache: dict[str, Cache] | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return *f* (batch, channels, frames, height, width) modulated by *zq*, and the caches."""
+        old, new = conv_cache or {}, {}
+        if f.shape[2] > 1 and f.shape[2] % 2 == 1:
+            first = F.interpolate(zq[:, :, :1], size=f[:, :, :1].shape[-3:])
+            rest = F.interpolate(zq[:, :, 1:], size=f[:, :, 1:].shape[-3:])
+            zq = torch.cat([first, rest], dim=2)
+        else:
+            zq = F.interpolate(zq, size=f.shape[-3:])
+        result = self.norm_layer(f)
+        scale, new["conv_y"] = self.conv_y(zq, conv_cache=old.get("conv_y"))
+        result = result * scale
+        del scale
+        shift, new["conv_b"] = self.conv_b(zq, conv_cache=old.get("conv_b"))
+        return result + shift, new
+
+
+class Upsample2DUntil030(Upsample2D):
+    """Upsamples bfloat16 in float32."""
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        """Return twice the height and width, convolved."""
+        dtype = hidden_states.dtype
+        if dtype == torch.bfloat16:
+            hidden_states = hidden_states.to(torch.float32)
+        if output_size is None:
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        else:
+            hidden_states = F.interpolate(hidden_states, size=output_size, mode="nearest")
+        if dtype == torch.bfloat16:
+            hidden_states = hidden_states.to(dtype)
+        return self.conv(hidden_states)
+
+
+def as_until_0_30(pipe: DiffusionPipeline) -> None:
+    """Make the components of a weightless *pipe* behave as in diffusers 0.30."""
+    for component in pipe.components.values():
+        for module in component.modules() if isinstance(component, torch.nn.Module) else ():
+            if type(module) is CogVideoXCausalConv3d:
+                module.__class__ = CausalConv3dUntil030
+                # The padding is in the copy, not in the convolution.
+                module.conv.padding = (0, 0, 0)
+            elif type(module) is CogVideoXSpatialNorm3D:
+                module.__class__ = SpatialNorm3DUntil030
+            elif type(module) is Upsample2D and module.interpolate and module.norm is None:
+                module.__class__ = Upsample2DUntil030

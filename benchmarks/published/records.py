@@ -1,0 +1,365 @@
+"""Published peak measurements, and what pipefit is asked to predict each of them.
+
+A record says in words what somebody ran. :func:`setup_of` turns it into a catalogue pipeline, a
+call, a GPU and strategies by rules that look at the record's fields, never at its figure or its
+name. What a source did besides (no safety checker, an older diffusers) is in changes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.published.changes import CHANGES
+from benchmarks.published.one_component import OneComponent
+
+Record = Mapping[str, Any]
+
+RECORDS = Path(__file__).parents[3] / "shared" / "data" / "published_measurements.json"
+"""Where the records lie beside a checkout of the project; ``--records`` says otherwise."""
+
+PIPELINES: Mapping[str, str] = {
+    "AnimateDiff": "animatediff-sd15-v1-5-2",
+    "CogVideoX VAE": "cogvideox-5b",
+    "CogVideoX-2b": "cogvideox-2b",
+    "CogVideoX-5b": "cogvideox-5b",
+    "ERNIE-Image-Turbo": "ernie-image-turbo",
+    "FLUX.1-dev": "flux.1-dev",
+    "Krea-2": "krea-2",
+    "LTX-2.3": "ltx-2.3",
+    "LTX-Video-0.9.7 13B": "ltx-video-0.9.7-13b",
+    "Latte": "latte-1",
+    "Qwen-Image VAE": "qwen-image",
+    "SD1.4": "stable-diffusion-v1-4",
+    "SD1.5": "stable-diffusion-v1-5",
+    "SD1.5 (DreamShaper)": "stable-diffusion-v1-5",
+    "SD1.5 ControlNet": "sd15-controlnet-canny",
+    "SD1.5 img2img": "stable-diffusion-v1-5-img2img",
+    "SD1.5 inpaint": "stable-diffusion-v1-5-inpaint",
+    "SDXL": "stable-diffusion-xl-base-1.0",
+    "SDXL ControlNet": "sdxl-controlnet-canny",
+    "SDXL T2I-Adapter": "sdxl-t2i-adapter-canny",
+    "SDXL VAE": "stable-diffusion-xl-base-1.0",
+    "SSD-1B": "ssd-1b",
+    "Z-Image-Turbo": "z-image-turbo",
+}
+"""A record's ``pipeline`` -> catalogue name."""
+
+GPUS: tuple[tuple[str, str], ...] = (
+    ("H100", "h100-sxm"),
+    ("A100 80GB", "a100-80gb"),
+    ("A10G", "a10g"),
+    ("L40 ", "l40"),
+    ("RTX 4090", "rtx-4090"),
+    ("RTX 5090", "rtx-5090"),
+    ("RTX 6000 Ada", "rtx-6000-ada"),
+    ("T4", "t4"),
+)
+"""What a record's ``gpu`` contains -> catalogue name, the first that fits."""
+
+UNSTATED_GPU = "a100-80gb"
+"""Taken where a source names no GPU: what most of the sources with such rows ran on."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+CHECKERLESS = "diffusion-fast"
+"""Sources, by a part of their ``source``, whose pipelines have no safety checker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One question to pipefit."""
+
+    pipeline: str
+    """Catalogue name."""
+    gpu: str
+    dtype: Mapping[str, str] | None = None
+    """Load dtype by component, ``default`` for the rest; None: the catalogue's."""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    strategies: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    """Names in :data:`CHANGES`, in order."""
+    component: str = ""
+    """Only this component is called, by ``call``; empty: the pipeline is."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal questions."""
+        return json.dumps([vars(self)], sort_keys=True, default=str)
+
+
+class Unusable(Exception):
+    """Why a record cannot be asked, one sentence."""
+
+
+def usable(record: Record) -> bool:
+    """Whether the record's metric and conditions are known well enough to compare a peak with."""
+    return bool(record["use_for_peak_check"]) and record["quality"] in ("A", "B")
+
+
+def load(path: Path = RECORDS) -> list[Record]:
+    """Return all records of the file."""
+    found: list[Record] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def setup_of(record: Record) -> Setup:
+    """Return what to ask for *record*.
+
+    Raises:
+        Unusable: if its pipeline is not in the catalogue, or a part of it cannot be asked for.
+    """
+    name = PIPELINES.get(record["pipeline"])
+    if name is None:
+        raise Unusable(f"{record['pipeline']} is not a pipeline of diffusers 0.42.1")
+    dtype = _dtype(record)
+    common: dict[str, Any] = {"pipeline": name, "gpu": _gpu(record), "dtype": dtype}
+    if record["kind"] in COMPONENT_CALLS:
+        component, call = COMPONENT_CALLS[record["kind"]](record, dtype or {})
+        return Setup(
+            **common,
+            component=component,
+            call=call,
+            strategies=_strategies(record),
+            changes=_changes(record),
+        )
+    return Setup(
+        **common, call=_call(record), strategies=_strategies(record), changes=_changes(record)
+    )
+
+
+def is_compiled_where_it_peaks(record: Record, phase: str) -> bool:
+    """Whether ``torch.compile`` had the component that *phase* belongs to.
+
+    pipefit does not predict what inductor makes of a module: it fuses what the trace counts, and
+    keeps copies of its own.
+    """
+    compiled = record["levers"]["compile"] or ""
+    if "vae" in compiled:
+        return phase == "decode"
+    return bool(compiled) and (record["kind"] == "component_forward" or phase == "denoise")
+
+
+def weights_are_published(record: Record) -> bool:
+    """Whether a format is in play that pipefit does not know, so that the weights are the record's.
+
+    The growth above them is predicted all the same.
+    """
+    quantised = record["levers"]["quantization"]
+    return bool(quantised) and not quantization_options(record)
+
+
+EXPLANATIONS: tuple[tuple[str, str], ...] = ()
+"""Part of a record's id -> why its prediction is off; what is not here is unexplained."""
+
+
+def explanation(record: Record) -> str:
+    """Return why the prediction of *record* is off, or that nobody knows."""
+    return next((why for part, why in EXPLANATIONS if part in record["id"]), "unexplained")
+
+
+# -- the rules
+
+
+def _gpu(record: Record) -> str:
+    said = record["gpu"] or ""
+    return next((name for part, name in GPUS if part in said), UNSTATED_GPU)
+
+
+def _dtype(record: Record) -> Mapping[str, str] | None:
+    """Return the dtypes that the record states; quantised weights are loaded from 16 bits."""
+    stated = record["dtypes"] or {}
+    words = {part: str(stated.get(part) or "").split(" ")[0] for part in ("core", "vae")}
+    default = words["core"] if words["core"] in DTYPES else "bfloat16"
+    if words["vae"] in DTYPES and words["vae"] != default:
+        return {"default": default, "vae": words["vae"]}
+    return {"default": default}
+
+
+def _call(record: Record) -> dict[str, Any]:
+    call: dict[str, Any] = {}
+    for argument, value in (
+        ("height", record["height"]),
+        ("width", record["width"]),
+        ("num_frames", record["frames"]),
+        ("num_inference_steps", record["steps"]),
+        ("guidance_scale", record["guidance_scale"]),
+    ):
+        if value is not None:
+            call[argument] = value
+    if record["pipeline"] == "Latte":
+        call["video_length"] = call.pop("num_frames")
+    if "IP-Adapter" in (record["levers"]["other"] or ""):
+        call["ip_adapter_image"] = Image.new("RGB", (224, 224))
+    if (record["batch_size"] or 1) > 1:
+        call["num_images_per_prompt"] = record["batch_size"]
+    return call
+
+
+def _changes(record: Record) -> tuple[str, ...]:
+    found = []
+    if CHECKERLESS in record["source"] and record["pipeline"].startswith("SD1"):
+        found.append("no safety checker")
+    if "no upcast" in str((record["dtypes"] or {}).get("vae")):
+        found.append("VAE without upcast")
+    if "AttnProcessor" in str(record["levers"]["attention"]):
+        found.append("attention without SDPA")
+    if "CogVideoX" in record["pipeline"] and record["dtypes"]["core"] == "float16":
+        found.append("T5 wholly in 16 bits")
+    others = record["levers"]["other"] or ""
+    if "IP-Adapter" in others:
+        found.append("IP-Adapter")
+    if record["pipeline"] == "AnimateDiff" and "+" in record["model_id"]:
+        found.append("first UNet beside")
+    if _is_before_0_31(record):
+        found.append("diffusers 0.30")
+    if record["levers"]["fuse_qkv"]:
+        found.append("fused QKV")
+    return tuple(found)
+
+
+def _is_before_0_31(record: Record) -> bool:
+    """diffusers 0.31 came on 2024-10-22; both changes of it were made in the last days before."""
+    return bool(record["date"]) and record["date"] < "2024-10"
+
+
+def _strategies(record: Record) -> tuple[str, ...]:
+    levers = record["levers"]
+    found = list(quantization_options(record))
+    if levers["layerwise_casting"]:
+        component = levers["layerwise_casting"].split(" ")[0]
+        found.append(f"layerwise_casting:storage_dtype=float8_e4m3fn@{component}")
+    offload = levers["offload"] or "none"
+    if offload == "none":
+        return tuple(found)
+    if offload == "model":
+        return (*found, "model_offload")
+    if offload == "sequential":
+        return (*found, "sequential_offload")
+    if offload == "group":
+        return (*found, _group_offload(levers["offload_params"] or ""))
+    raise Unusable(f"{offload} is not an offload of diffusers' pipelines")
+
+
+def _group_offload(parameters: str) -> str:
+    level = re.search(r"(leaf|block)_level", parameters)
+    if level is None:
+        raise Unusable("the parameters of its group offloading are not known")
+    given = [f"offload_type={level[0]}"]
+    blocks = re.search(r"num_blocks_per_group=(\d+)", parameters)
+    if blocks:
+        given.append(f"num_blocks_per_group={blocks[1]}")
+    given += [
+        f"{flag}=true"
+        for flag in ("use_stream", "record_stream", "low_cpu_mem_usage")
+        if flag in parameters
+    ]
+    return f"group_offload:{','.join(given)}"
+
+
+QUANTIZATION: tuple[tuple[str, str], ...] = ()
+"""What ``levers.quantization`` starts with -> option."""
+
+
+def quantization_options(record: Record) -> tuple[str, ...]:
+    """Return the quantisation strategies of the record; none if its format is not known."""
+    return ()
+
+
+# -- measurements of one component
+
+
+def _vae_decode(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    shape = (1, *_latent_channels(record), record["height"] // 8, record["width"] // 8)
+    return "vae", {"entry": "decode", "inputs": {"z": (_vae_dtype(dtype), shape)}}
+
+
+def _vae_encode(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    frames = (record["frames"],) if record["frames"] else ()
+    shape = (1, 3, *frames, record["height"], record["width"])
+    return "vae", {"entry": "encode", "inputs": {"x": (_vae_dtype(dtype), shape)}}
+
+
+def _latent_channels(record: Record) -> tuple[int, ...]:
+    if record["pipeline_class"] == "AutoencoderKLQwenImage":
+        return (16, record["frames"])
+    return (4,)
+
+
+def _vae_dtype(dtype: Mapping[str, str]) -> str:
+    return dtype.get("vae", dtype.get("default", "bfloat16"))
+
+
+def _forward(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the denoiser and the inputs that the diffusers benchmarks give it."""
+    found = FORWARD_INPUTS.get(record["pipeline_class"])
+    if found is None:
+        raise Unusable(f"the inputs of its {record['pipeline_class']} are not known")
+    component, inputs = found
+    return component, {"inputs": inputs}
+
+
+COMPONENT_CALLS: Mapping[str, Callable[[Record, Mapping[str, str]], tuple[str, dict[str, Any]]]] = {
+    "vae_decode": _vae_decode,
+    "vae_encode": _vae_encode,
+    "component_forward": _forward,
+}
+"""A record's ``kind`` -> the component and the call."""
+
+BF16 = "bfloat16"
+FORWARD_INPUTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "FluxTransformer2DModel": (
+        "transformer",
+        {
+            "hidden_states": (BF16, (1, 4096, 64)),
+            "encoder_hidden_states": (BF16, (1, 512, 4096)),
+            "pooled_projections": (BF16, (1, 768)),
+            "timestep": (BF16, (1,)),
+            "img_ids": (BF16, (4096, 3)),
+            "txt_ids": (BF16, (512, 3)),
+            "guidance": (BF16, (1,)),
+        },
+    ),
+    "LTXVideoTransformer3DModel": (
+        "transformer",
+        {
+            "hidden_states": (BF16, (1, 7392, 128)),
+            "encoder_hidden_states": (BF16, (1, 256, 4096)),
+            "encoder_attention_mask": (BF16, (1, 256)),
+            "timestep": (BF16, (1,)),
+            "video_coords": (BF16, (1, 3, 7392)),
+        },
+    ),
+    "UNet2DConditionModel": (
+        "unet",
+        {
+            "sample": (BF16, (1, 4, 128, 128)),
+            "encoder_hidden_states": (BF16, (1, 77, 2048)),
+            "timestep": (BF16, (1,)),
+            "added_cond_kwargs": {
+                "text_embeds": (BF16, (1, 1280)),
+                "time_ids": (BF16, (1, 6)),
+            },
+        },
+    ),
+}
+"""Class -> component and what diffusers' own benchmarks call it with
+(benchmarks/benchmarking_*.py in huggingface/diffusers)."""
+
+
+def subject_of(setup: Setup) -> Any:
+    """Return what to hand to pipefit: a name where it suffices, else a weightless pipeline."""
+    if not setup.changes and not setup.component:
+        return setup.pipeline
+    from pipefit.planner.build import build_pipeline
+
+    pipe, _ = build_pipeline(setup.pipeline, dtype=setup.dtype)
+    for change in setup.changes:
+        CHANGES[change](pipe)
+    return OneComponent(getattr(pipe, setup.component)) if setup.component else pipe
