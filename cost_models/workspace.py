@@ -6,13 +6,33 @@ One is easy to forget: the scratch is allocated after the output and freed when 
 (``run_conv_plan`` in torch's ``aten/src/ATen/native/cudnn/Conv_v8.cpp``), so it adds to everything
 alive at that moment.
 
-The rules by layout, dtype and hardware are established by published peaks of the FLUX.1, SDXL,
-Stable Diffusion 1.x, AnimateDiff and Qwen-Image autoencoders, from T4 to RTX 5090; where hardware
-is unknown, the larger of the known rules holds.
+====================================  =========================  ===================================
+convolution                           scratch                    evidence
+====================================  =========================  ===================================
+NCHW, 16 bits, sm80 on                input + weight + result    FLUX.1, SDXL, SD 1.5, AnimateDiff,
+                                                                 Qwen-Image on A10G to RTX 5090
+NCHW, 16 bits, above 2**31 elements   none                       FLUX.1 batch 16
+NCHW, fp32                            input + weight             SDXL in fp32, A100 and A10G
+NCHW, fp16, before sm80               input + weight             SD 1.4 and 1.5, T4 or V100
+channels_last                         what is NCHW of input and  FLUX.1 batch 4 and 8, AnimateDiff
+                                      weight
+channels_last, fp32, before sm80      input + weight             none: the larger rule
+transposed, NCHW                      input + weight + result    none: the larger rule
+depthwise                             none: torch's own kernel   ``use_cudnn_depthwise`` in
+                                                                 native/Convolution.cpp
+depthwise, NCHW, fp16, 32 channels    as dense                   none: cuDNN may take it
+bfloat16 before sm80                  columns of one image       native/cuda/ConvolutionMM2d.cu:
+                                                                 cuDNN has no such kernel
+====================================  =========================  ===================================
+
+One and three dimensions follow the same rules as two (torch makes a 1D input contiguous and views
+it as 2D). Where hardware is unknown, the larger of the known rules holds. Grouped convolutions and
+those of few channels are charged like dense ones, which may be too much: see ``docs/accuracy.md``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from pipefit.cost_models.machine import Gpu
@@ -20,19 +40,34 @@ from pipefit.cost_models.units import KIB, MIB
 from pipefit.cost_models.workload import Kernel
 
 CUBLAS_BYTES = 2 * 4 * MIB + 8 * 16 * KIB
-"""cuBLAS workspace of a process, taken at its first GEMM and kept: ":4096:2:16:8".
+"""cuBLAS workspace of a stream, taken at its first GEMM and kept: ":4096:2:16:8".
 
-Source: ``parseChosenWorkspaceSize`` in torch's ``aten/src/ATen/cuda/CublasHandlePool.cpp``.
+Products with a bias go through cuBLASLt, which shares it (torch 2.13; 1 MiB of its own before). A
+stream on which only copies run has none. Source: ``parseChosenWorkspaceSize`` and
+``getCUDABlasLtWorkspace`` in torch's ``aten/src/ATen/cuda/CublasHandlePool.cpp``.
 """
 
 CUBLAS_LARGE_BYTES = 32 * MIB
-"""The same from compute capability 9.0 on (same source)."""
+"""The same from compute capability 9.0 on (same source; before torch 2.11 on 9.0 only)."""
 
 INT32_INDEXED_ELEMENTS = 1 << 31
 """Above this many elements a 16-bit convolution runs in an engine without conversions.
 
 Source: peaks of FLUX.1-dev, 1024², at batch 8 (exactly this many: scratch) and 16 (none) on an
 H100, https://github.com/sayakpaul/diffusers-torchao at 9b9f2383.
+"""
+
+CUDNN_DEPTHWISE_CHANNELS = 32
+"""From this many channels on cuDNN may compute fp16 depthwise convolutions in NCHW.
+
+Source: ``use_cudnn_depthwise`` in torch's ``aten/src/ATen/native/Convolution.cpp``.
+"""
+
+EFFICIENT_REGISTER_HEAD_DIM = 128
+"""Above this head size the memory-efficient kernel keeps its fp32 sums in device memory.
+
+Source: ``kNeedsOutputAccumulatorBuffer`` in kernel_forward.h and the list in kernels/cutlassF.h,
+aten/src/ATen/native/transformers/cuda/mem_eff_attention, torch 2.13.
 """
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -71,8 +106,14 @@ def scratch_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
         return ()
     if kernel.kind == "conv":
         return tuple(n for n in _conv_scratch(kernel, _capability(gpu)) if n)
-    if kernel.kind == "attention" and _materialises_scores(kernel, _capability(gpu)):
-        return _math_attention_scratch(kernel)
+    if kernel.kind == "attention":
+        return _attention_scratch(kernel, _capability(gpu))
+    if kernel.name == "aten._safe_softmax":
+        # One byte a score, to find rows that are masked as a whole (_safe_softmax in
+        # aten/src/ATen/native/transformers/attention.cpp, seen in the profiler on the CPU, 2.13).
+        return (math.prod(kernel.shape),)
+    if not kernel.contiguous_input:
+        return (kernel.input_bytes,)
     return ()
 
 
@@ -89,44 +130,71 @@ def _capability(gpu: Gpu) -> tuple[int, int] | None:
 
 
 def _conv_scratch(kernel: Kernel, capability: tuple[int, int] | None) -> tuple[int, ...]:
+    _, in_channels, _, groups, is_transposed, *sizes = kernel.shape
     input_copy = 0 if kernel.contiguous_input else kernel.input_bytes
-    if kernel.channels_last:
+    has_tensor_cores = capability is None or capability >= _TENSOR_CORE_CAPABILITY
+    is_depthwise = groups == in_channels > 1 and not is_transposed
+    if is_depthwise and not (
+        kernel.dtype == "float16"
+        and in_channels >= CUDNN_DEPTHWISE_CHANNELS
+        and len(sizes) <= 3 * 2
+        and not kernel.channels_last
+    ):
+        weight_copy = kernel.channels_last and not kernel.weight_channels_last
+        return input_copy, weight_copy * kernel.weight_bytes
+    if kernel.dtype == "bfloat16" and not has_tensor_cores:
+        return input_copy, *_column_scratch(kernel)
+    is_16_bit = DTYPE_BYTES.get(kernel.dtype) == 2
+    if kernel.channels_last and (is_16_bit or has_tensor_cores):
         weight_copy = 0 if kernel.weight_channels_last else kernel.weight_bytes
         return input_copy, weight_copy
-    in_channels, groups = kernel.shape[1], kernel.shape[3]
-    if groups > 1 and groups == in_channels:
-        # Depthwise convolutions are torch's own kernels; no conversion was ever seen around them.
-        return (input_copy,)
-    is_16_bit = DTYPE_BYTES.get(kernel.dtype) == 2
     if is_16_bit and max(kernel.input_bytes, kernel.output_bytes) > 2 * INT32_INDEXED_ELEMENTS:
         return (input_copy,)
     converted = kernel.input_bytes + kernel.weight_bytes
-    if is_16_bit and (capability is None or capability >= _TENSOR_CORE_CAPABILITY):
+    if is_transposed or (is_16_bit and has_tensor_cores):
         converted += kernel.output_bytes
     return input_copy, converted
 
 
-def _materialises_scores(kernel: Kernel, capability: tuple[int, int] | None) -> bool:
-    """Fused kernels take bfloat16 only from sm80 on (``sdp_utils.cpp``), and never float64."""
-    if "math" in kernel.name or kernel.dtype == "float64":
-        return True
-    return (
+def _column_scratch(kernel: Kernel) -> tuple[int, ...]:
+    """torch's own convolution: the patches of one image as a matrix; groups one after the other.
+
+    Source: ``slow_conv2d_forward`` in native/cuda/ConvolutionMM2d.cu, ``slow_conv_dilated_all_cuda_
+    template`` in native/cuda/NaiveDilatedConvolution.cu, ``slow_conv_transpose2d`` in
+    native/cuda/NaiveConvolutionTranspose2d.cu, ``_convolution`` in native/Convolution.cpp.
+    """
+    _, in_channels, out_channels, groups, is_transposed, *sizes = kernel.shape
+    dims = len(sizes) // 3
+    inputs, outputs, kernel_size = sizes[:dims], sizes[dims : 2 * dims], sizes[2 * dims :]
+    channels, positions = (out_channels, inputs) if is_transposed else (in_channels, outputs)
+    columns = channels // groups * math.prod(kernel_size) * math.prod(positions)
+    if math.prod(kernel_size) == 1 and inputs == outputs:
+        columns = 0
+    split = (kernel.input_bytes // groups, kernel.output_bytes) if groups > 1 else ()
+    return *split, columns * DTYPE_BYTES[kernel.dtype]
+
+
+def _attention_scratch(kernel: Kernel, capability: tuple[int, int] | None) -> tuple[int, ...]:
+    """What a fused kernel needs besides the tensors of the trace.
+
+    A trace for another GPU may show a fused kernel for bfloat16, which torch has from sm80 on only
+    (``sdp_utils.cpp``); then scores and softmax are alive together in fp32, with the mask of rows
+    and the widened inputs (``_scaled_dot_product_attention_math`` in
+    aten/src/ATen/native/transformers/attention.cpp).
+    """
+    batch, heads, num_queries, num_keys, query_dim, value_dim = kernel.shape
+    if (
         kernel.dtype == "bfloat16"
         and capability is not None
         and capability < _TENSOR_CORE_CAPABILITY
-    )
-
-
-def _math_attention_scratch(kernel: Kernel) -> tuple[int, ...]:
-    """Scores and their softmax are alive together; 16-bit inputs are computed in fp32.
-
-    Source: ``_scaled_dot_product_attention_math`` in torch's
-    ``aten/src/ATen/native/transformers/attention.cpp``, whose default forbids 16-bit reductions.
-    """
-    batch, heads, num_queries, num_keys, query_dim, value_dim = kernel.shape
-    element_bytes = max(4, DTYPE_BYTES.get(kernel.dtype, 4))
-    scores = batch * heads * num_queries * num_keys * element_bytes
-    if DTYPE_BYTES.get(kernel.dtype, 4) >= 4:
-        return scores, scores
-    casts = num_queries * query_dim + num_keys * (query_dim + value_dim)
-    return batch * heads * casts * element_bytes, scores, scores
+    ):
+        scores = batch * heads * num_queries * num_keys
+        widened = 2 * (num_queries + num_keys) * query_dim + num_keys * value_dim
+        return 4 * batch * heads * widened, 4 * scores, 4 * scores, scores
+    if (
+        "efficient" in kernel.name
+        and DTYPE_BYTES.get(kernel.dtype) == 2
+        and max(query_dim, value_dim) > EFFICIENT_REGISTER_HEAD_DIM
+    ):
+        return (4 * batch * heads * num_queries * value_dim,)
+    return ()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipefit.cost_models.workload import Kernel, KernelKind
-from pipefit.planner.virtual_layouts import suggests_channels_last
+from pipefit.planner.virtual_layouts import runs_channels_last, suggests_channels_last
 
 aten = torch.ops.aten
 
@@ -21,6 +21,7 @@ _KIND_BY_NAME: dict[str, KernelKind] = {
     "baddbmm": "gemm",
     "_scaled_dot_product_flash_attention": "attention",
     "_scaled_dot_product_efficient_attention": "attention",
+    "_scaled_dot_product_cudnn_attention": "attention",
     "native_group_norm": "norm",
     "native_layer_norm": "norm",
     "native_batch_norm": "norm",
@@ -28,6 +29,7 @@ _KIND_BY_NAME: dict[str, KernelKind] = {
     "_native_batch_norm_legit": "norm",
     "_fused_rms_norm": "norm",
     "_softmax": "reduce",
+    "_safe_softmax": "reduce",
     "sum": "reduce",
     "mean": "reduce",
     "var": "reduce",
@@ -87,6 +89,8 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
         shape, facts = _gemm(name, args)
     elif kind == "attention":
         shape, facts = _attention(args)
+    elif name.startswith("upsample_"):
+        facts = _upsampling(args[0])
     # A written argument (in-place) is among the inputs already: it is read and written.
     return Kernel(
         kind=kind,
@@ -126,7 +130,7 @@ def _unique_tensors(values: Sequence[Any]) -> list[torch.Tensor]:
 
 def _convolution(args: Sequence[Any], out: torch.Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
     x, weight, transposed, groups = args[0], args[1], bool(args[6]), int(args[8])
-    last = suggests_channels_last(x) or suggests_channels_last(weight)
+    last = runs_channels_last(x, weight)
     dense = x.is_contiguous()
     if last and x.dim() in (4, 5):
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -143,6 +147,17 @@ def _convolution(args: Sequence[Any], out: torch.Tensor) -> tuple[tuple[int, ...
         "weight_channels_last": suggests_channels_last(weight),
         "contiguous_input": dense,
     }
+
+
+def _upsampling(x: torch.Tensor) -> dict[str, Any]:
+    """CUDA's kernels copy an input that is dense in neither layout that they are written for.
+
+    Source: ``upsample_nearest2d_out_cuda_template`` in aten/src/ATen/native/cuda/
+    UpSampleNearest2d.cu, torch 2.13; the other modes are alike.
+    """
+    layout = torch.channels_last if suggests_channels_last(x) and x.dim() == 4 else None
+    dense = x.is_contiguous(memory_format=layout) if layout else x.is_contiguous()
+    return {"input_bytes": x.numel() * x.element_size(), "contiguous_input": dense}
 
 
 def _gemm(name: str, args: Sequence[Any]) -> tuple[tuple[int, ...], dict[str, Any]]:

@@ -27,17 +27,28 @@ FLASH_MAX_HEAD_DIM = 256
 Source: ``check_head_dim_size_flash`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
 torch 2.13.
 """
-EFFICIENT_BIAS_ALIGNMENT_ELEMENTS = 8
-"""The memory-efficient kernel copies a bias whose last dimension is not a multiple of this.
+CUDNN_MAX_HEAD_DIM = 128
+"""Largest head dimension that cuDNN's attention takes with every version that torch 2.13 ships.
 
-Source: ``pad_bias`` in aten/src/ATen/native/transformers/attention.cpp, torch 2.13 (alignment 8
-on CUDA).
+Source: ``check_cudnn_tensor_shapes`` in the same file.
 """
-FLASH_HEAD_DIM_ALIGNMENT_ELEMENTS = 8
-"""Flash attention pads head dimensions to a multiple of this.
+CUDNN_FIRST_MAJORS = (9, 10)
+"""Compute capabilities, major number, on which torch tries cuDNN's attention before all others.
+
+Source: ``check_prefer_cudnn_attention`` in the same file, with cuDNN from 9.15.1 on.
+"""
+HEAD_DIM_ALIGNMENT_ELEMENTS = 8
+"""Flash attention pads head dimensions to a multiple of this; cuDNN wants one.
 
 Source: ``pad_last_dim<8>`` in aten/src/ATen/native/transformers/attention.cpp, torch 2.13.
 """
+EFFICIENT_BIAS_ALIGNMENT_ELEMENTS = 8
+"""The memory-efficient kernel copies a bias of which a stride is not a multiple of this.
+
+Source: ``aligned_tensor`` and ``pad_bias`` in the same file (alignment 8 on CUDA).
+"""
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _attention(
@@ -50,30 +61,105 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What CUDA's attention allocates: flash where it can, else memory-efficient."""
+    """What CUDA's scaled dot product attention allocates, with the kernel that torch would pick.
+
+    Source: ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp,
+    torch 2.13.
+    """
     first = next(t for t in (query, key, value) if isinstance(t, VirtualTensor))
     capability = buffer_of(first).machine.compute_capability
-    flash = (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and attn_mask is None
-        and query.shape[-1] <= FLASH_MAX_HEAD_DIM
-        and query.shape[-1] == value.shape[-1]
-        and capability >= (8, 0)
-    )
-    if enable_gqa and not flash and key.shape[-3] != query.shape[-3]:
-        repeats = query.shape[-3] // key.shape[-3]
-        key = key.repeat_interleave(repeats, -3)
-        value = value.repeat_interleave(repeats, -3)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
-    if attn_mask is not None and attn_mask.shape[-1] % EFFICIENT_BIAS_ALIGNMENT_ELEMENTS:
-        pad = -attn_mask.shape[-1] % EFFICIENT_BIAS_ALIGNMENT_ELEMENTS
-        attn_mask = torch.nn.functional.pad(attn_mask, (0, pad))
+    mask = attn_mask
+    backend = _chosen_backend(query, key, value, mask, is_causal, enable_gqa, capability)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(
+            mask.logical_not(),
+            float("-inf"),
+            torch.zeros((), dtype=query.dtype, device=mask.device),
+        )
+    if backend == "math":
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    if backend == "efficient" and mask is not None:
+        mask = _padded_bias(mask)
     head_dim = value.shape[-1]
-    if flash and head_dim % FLASH_HEAD_DIM_ALIGNMENT_ELEMENTS:
-        pad = -head_dim % FLASH_HEAD_DIM_ALIGNMENT_ELEMENTS
+    if backend == "flash" and head_dim % HEAD_DIM_ALIGNMENT_ELEMENTS:
+        pad = -head_dim % HEAD_DIM_ALIGNMENT_ELEMENTS
         query, key, value = (torch.nn.functional.pad(t, (0, pad)) for t in (query, key, value))
-    return _attend(query, key, value, attn_mask, flash)[..., :head_dim]
+    return _attend(query, key, value, mask, backend)[..., :head_dim]
+
+
+def _chosen_backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    capability: tuple[int, int],
+) -> str:
+    """Return the first kernel in torch's order that takes the call: inference, dense tensors.
+
+    cuDNN leads on compute capability 9 and 10 only; elsewhere it comes after math, which takes
+    everything. Kernels that the process has switched off (``sdpa_kernel``) are passed over.
+
+    Source: ``select_sdp_backend``, ``can_use_*_attention`` and ``check_prefer_cudnn_attention`` in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13. Of its fused kernels only
+    cuDNN's takes a mask together with fewer key than query heads (huggingface/diffusers#14523).
+    """
+    tensors = (query, key, value)
+    given = (*tensors, *(() if mask is None else (mask,)))
+    is_fusable = (
+        all(t.dim() == 4 and t.shape[0] == query.shape[0] and t.shape[-2] for t in tensors)
+        and all(t.stride(-1) == 1 for t in given)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == key.shape[-1]
+    )
+    if not is_fusable:
+        return "math"
+    d_qk, d_v = query.shape[-1], value.shape[-1]
+    alignment = _alignment_elements(query.dtype, capability)
+    has_equal_heads = query.shape[1] == key.shape[1] == value.shape[1]
+    has_heads = has_equal_heads or (enable_gqa and query.shape[1] % key.shape[1] == 0)
+    is_ampere = capability >= (8, 0)
+    is_half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and is_ampere)
+    cuda = torch.backends.cuda
+    takes = {
+        "flash": cuda.flash_sdp_enabled()
+        and (is_half and is_ampere and has_heads and mask is None)
+        and d_qk == d_v <= FLASH_MAX_HEAD_DIM
+        and not (is_causal and query.shape[-2] != key.shape[-2]),
+        "efficient": cuda.mem_efficient_sdp_enabled()
+        and (is_half or query.dtype == torch.float32)
+        and has_equal_heads
+        and d_qk % alignment == d_v % alignment == 0,
+        "cudnn": cuda.cudnn_sdp_enabled()
+        and (is_half and is_ampere and has_heads)
+        and max(d_qk, d_v) <= CUDNN_MAX_HEAD_DIM
+        and d_qk % HEAD_DIM_ALIGNMENT_ELEMENTS == d_v % HEAD_DIM_ALIGNMENT_ELEMENTS == 0
+        and key.shape[-2] != 1,
+        "math": cuda.math_sdp_enabled(),
+    }
+    order = ("flash", "efficient", "math", "cudnn")
+    if capability[0] in CUDNN_FIRST_MAJORS:
+        order = ("cudnn", "flash", "efficient", "math")
+    return next((backend for backend in order if takes[backend]), "math")
+
+
+def _alignment_elements(dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """``minimum_gemm_alignment`` of sdp_utils.cpp: what a head dimension must be a multiple of."""
+    if capability >= (8, 0):
+        return 8 if dtype in _HALF else 4
+    return 8 if dtype in _HALF and capability >= (7, 0) else 1
+
+
+def _padded_bias(bias: torch.Tensor) -> torch.Tensor:
+    strides = bias.stride()
+    if strides[-1] == 1 and not any(s % EFFICIENT_BIAS_ALIGNMENT_ELEMENTS for s in strides[:-1]):
+        return bias
+    columns = bias.shape[-1]
+    pad = EFFICIENT_BIAS_ALIGNMENT_ELEMENTS - columns % EFFICIENT_BIAS_ALIGNMENT_ELEMENTS
+    return torch.nn.functional.pad(bias, (0, pad))[..., :columns]
 
 
 def _attend(
@@ -81,28 +167,33 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    flash: bool,
+    backend: str,
 ) -> torch.Tensor:
-    """Allocate what the kernel does: its result and, for flash, one fp32 number a row."""
-    first = next(t for t in (query, key, value) if isinstance(t, VirtualTensor))
-    machine = buffer_of(first).machine
-    lead, rows = query.shape[:-2], query.shape[-2]
-    batch, heads = (math.prod(lead[:-1]), lead[-1]) if query.dim() > 3 else (math.prod(lead), 1)
+    """Allocate what the kernel does: its result and, for flash, one fp32 number a row.
+
+    Flash and cuDNN lay the result out as the query, the memory-efficient kernel always as (batch,
+    rows, heads, columns): a query that a ``cat`` made costs a copy before the next projection, or
+    none. Source: ``mha_fwd`` in flash_attn/flash_api.cpp, ``run_cudnn_SDP_fprop`` in
+    cudnn/MHA.cpp, ``_efficient_attention_forward`` in transformers/cuda/attention.cu, torch 2.13.
+    Flash splits long keys for few queries: at most two waves of 64 fp32 rows for each
+    multiprocessor, below 20 MiB, not counted (``set_params_splitkv``).
+    """
+    batch, heads, rows = query.shape[:-1]
     columns = value.shape[-1]
-    # Both kernels write (batch, rows, heads, columns) and return its transpose.
-    stride = (rows * heads * columns, heads * columns, columns, 1)
-    base = machine.empty((batch, rows, heads, columns), stride, query.dtype, query.device)
+    if backend == "efficient" or columns != query.shape[-1]:
+        shape = (batch, rows, heads, columns)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device).transpose(1, 2)
+    elif backend == "flash":
+        out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    else:
+        out = torch.empty_like(query)
     keep = None
-    if flash:
-        stride = (heads * rows, rows, 1)
-        keep = machine.empty((batch, heads, rows), stride, torch.float32, query.device)
-    name = "flash" if flash else "efficient"
-    _announce(getattr(aten, f"_scaled_dot_product_{name}_attention").default,
-              (query, key, value, mask), base)  # fmt: skip
+    if backend == "flash":
+        keep = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
+    _announce(getattr(aten, f"_scaled_dot_product_{backend}_attention").default,
+              (query, key, value, mask), out)  # fmt: skip
     del keep
-    out = base.transpose(1, 2)
-    size = (*query.shape[:-1], columns)
-    return out if tuple(out.shape) == size else out.reshape(size)
+    return out
 
 
 def _announce(func: Any, args: Any, out: VirtualTensor) -> None:

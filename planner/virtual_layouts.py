@@ -55,6 +55,16 @@ def suggests_channels_last(tensor: torch.Tensor) -> bool:
     return torch._prims_common.suggest_memory_format(tensor) == wanted
 
 
+def runs_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether cuDNN computes a convolution in channels_last: either operand decides.
+
+    Source: ``cudnn_conv_suggest_memory_format`` in aten/src/ATen/native/ConvUtils.h, torch 2.13.
+    """
+    if torch.float64 in (x.dtype, weight.dtype):
+        return False
+    return suggests_channels_last(x) or suggests_channels_last(weight)
+
+
 def empty_like(
     source: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format
 ) -> torch.Tensor:
@@ -90,7 +100,7 @@ def _group_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 def _convolution(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     x, weight = args[0], args[1]
     made = func(*args, **kwargs)
-    if suggests_channels_last(x) or suggests_channels_last(weight):
+    if runs_channels_last(x, weight):
         layout = torch.channels_last if made.dim() == 4 else torch.channels_last_3d
     else:
         layout = torch.contiguous_format
