@@ -61,9 +61,10 @@ class Candidates:
     def __init__(self, pricings: Sequence[Pricing], policy: Policy) -> None:
         self._of: dict[str, tuple[Pricing, Problem]] = {}
         for pricing in pricings:
-            cast = f" after {pricing.load_options[0].strategy}" if pricing.load_options else ""
+            loaded = " and ".join(dict.fromkeys(o.strategy for o in pricing.load_options))
+            after = f" after {loaded}" if loaded else ""
             for problem in pricing.problems(policy):
-                named = replace(problem, name=f"{problem.name}{cast}")
+                named = replace(problem, name=f"{problem.name}{after}")
                 self._of[named.name] = (pricing, named)
         self.problems = [problem for _, problem in self._of.values()]
         self._replayed: dict[tuple[object, ...], Configuration] = {}

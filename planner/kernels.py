@@ -19,6 +19,8 @@ _KIND_BY_NAME: dict[str, KernelKind] = {
     "addmm": "gemm",
     "bmm": "gemm",
     "baddbmm": "gemm",
+    "_int_mm": "gemm",
+    "_scaled_mm": "gemm",
     "_scaled_dot_product_flash_attention": "attention",
     "_scaled_dot_product_efficient_attention": "attention",
     "_scaled_dot_product_cudnn_attention": "attention",

@@ -30,6 +30,7 @@ from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, strategy
+from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.strategy import Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -281,9 +282,7 @@ class Pricing:
             ),
             host_bytes=host.pageable_bytes + host.pinned_bytes,
             pinned_bytes=host.pinned_bytes,
-            quality_rank=max(
-                strategy(o.strategy).quality.rank for o in (*options, *self.load_options)
-            ),
+            quality_rank=max(option_quality(o).rank for o in (*options, *self.load_options)),
             num_strategies=len(counted),
             payload=Pick(choice=choice, options=options, attention=attention),
         )
@@ -446,5 +445,5 @@ def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Op
 
 def quality_of(options: Sequence[Option]) -> Quality:
     """Return the level of the worst of *options*; exact where there is none."""
-    ranks = [strategy(o.strategy).quality.rank for o in options]
+    ranks = [option_quality(o).rank for o in options]
     return list(Quality)[max(ranks, default=0)]

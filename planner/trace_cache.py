@@ -57,7 +57,7 @@ SOURCES = {
         "signatures.py", "standins.py", "trace.py", "virtual*.py", "workloads.py",
     ),
     "pipefit.strategies": ("*.py",),
-    "pipefit.cost_models": ("workload*.py",),
+    "pipefit.cost_models": ("storage.py", "workload*.py"),
 }  # fmt: skip
 """Our own files that decide what is in a trace or how it is written; catalogue entries are the
 caller's to name."""

@@ -16,14 +16,14 @@ from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.serial import to_json
-from pipefit.cost_models.workload import Workload
+from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
-from pipefit.strategies import strategy, traits_of
-from pipefit.strategies.strategy import Option
+from pipefit.strategies import BUILT_IN, strategy, traits_of
+from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
 
@@ -33,7 +33,7 @@ MAX_ATTRIBUTE_DEPTH = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """A workload, and the options that turned the user's pipeline into it (a cast)."""
+    """A workload, and the options that turned the user's pipeline into it (a cast, a storage)."""
 
     workload: Workload
     load_options: tuple[Option, ...] = ()
@@ -50,50 +50,67 @@ def observe(
 ) -> list[Observed]:
     """Return the workloads to plan with: as the pipeline is, and in 16 bits where that is open.
 
-    *subject* is a live pipeline, a catalogue name or a folder with ``model_index.json``.
+    What a load strategy is asked for is in all of them. *subject* is a live pipeline, a catalogue
+    name or a folder with ``model_index.json``.
 
     Raises:
         UnknownName: for a name that is none of these, or an argument that the call does not take.
+        InvalidRequest: for a load strategy that a component refuses where it was asked for.
         TraceError: if the pipeline's own call fails.
     """
     say = progress or (lambda text: None)
     source = _source(subject, dtype)
     plain = _trace(source, call or {}, gpu, policy, (), say)
-    casts = _casts(plain, gpu, policy)
-    required = any(option.strategy == "precision" for option in policy.required)
-    found = [] if required and casts else [Observed(workload=plain)]
-    if casts:
-        cast = _trace(source, call or {}, gpu, policy, casts, say)
+    asked = _asked(plain, policy)
+    offered = _offered(plain, gpu, policy, asked)
+    found = []
+    for options in [asked, (*offered, *asked)] if offered else [asked]:
+        workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
         # A plan belongs to the pipeline as the user has it, before the cast.
-        cast = replace(cast, fingerprint=plain.fingerprint)
-        found.append(Observed(workload=cast, load_options=casts))
+        workload = replace(workload, fingerprint=plain.fingerprint)
+        found.append(Observed(workload=workload, load_options=options))
     return found
 
 
-def _casts(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
-    """Return the casts that are open: what is asked for, else those that the quality allows."""
-    precision = strategy("precision")
-    asked = [option for option in policy.required if option.strategy == precision.name]
-    if asked:
-        named = {c.name: c for c in workload.components}
-        found = []
-        for option in asked:
+def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
+    """Return what the policy requires of load strategies, component by component, to be applied."""
+    named = {c.name: c for c in workload.components}
+    found = []
+    for one in (one for one in BUILT_IN if one.kind == "load"):
+        for option in (option for option in policy.required if option.strategy == one.name):
+            if option.component is not None and option.component not in named:
+                raise UnknownName("component", option.component, list(named))
             for name in [option.component] if option.component else list(named):
-                refusal = precision.refusal(named[name], option.parameters)
+                refusal = one.refusal(named[name], option.parameters)
                 if refusal and option.component:
-                    raise InvalidRequest(f"Strategy precision cannot go on {name}: {refusal}")
-                if not refusal and named[name].traits.get("dtype") not in (
-                    None,
-                    option.parameters.get("dtype"),
-                ):
+                    raise InvalidRequest(f"Strategy {one.name} cannot go on {name}: {refusal}")
+                if not refusal and not _is_so_already(named[name], option):
                     found.append(replace(option, component=name))
-        return tuple(found)
-    if precision.name in policy.forbidden or policy.quality.rank < precision.quality.rank:
-        return ()
+    return tuple(found)
+
+
+def _is_so_already(component: Component, option: Option) -> bool:
+    """Whether *option* asks for the dtype that the component has, or for one where it has none."""
+    return option.strategy == "precision" and component.traits.get("dtype") in (
+        None,
+        option.parameters.get("dtype"),
+    )
+
+
+def _offered(
+    workload: Workload, gpu: Gpu, policy: Policy, asked: Sequence[Option]
+) -> tuple[Option, ...]:
+    """Return the casts that the quality allows, of which none was asked for."""
+    taken = {option.strategy for option in (*policy.required, *asked)}
     return tuple(
-        Option(strategy=precision.name, component=component.name, parameters=parameters)
+        Option(strategy=one.name, component=component.name, parameters=parameters)
+        for one in BUILT_IN
+        if one.kind == "load"
+        and one.name not in taken
+        and one.name not in policy.forbidden
+        and one.quality.rank <= policy.quality.rank
         for component in workload.components
-        for parameters in list(precision.options(component, workload, gpu))[:1]
+        for parameters in list(one.options(component, workload, gpu))[:1]
     )
 
 
@@ -193,19 +210,20 @@ def _trace(
     call: Mapping[str, Any],
     gpu: Gpu,
     policy: Policy,
-    casts: Sequence[Option],
+    load_options: Sequence[Option],
     say: Progress,
 ) -> Workload:
     """Return the workload, from the cache where it is there."""
 
     def make() -> Workload:
-        say(f"tracing {source.name}{' in 16 bits' if casts else ''} …")
-        return _execute(source, call, gpu, policy, casts)
+        after = " and ".join(dict.fromkeys(option.strategy for option in load_options))
+        say(f"tracing {source.name}{f' after {after}' if after else ''} …")
+        return _execute(source, call, gpu, policy, load_options)
 
     key = {
         **source.key,
         "call": {k: _described(v) for k, v in call.items()},
-        "casts": to_json(tuple(casts)),
+        "load_options": to_json(tuple(load_options)),
         "compute_capability": gpu.compute_capability,
         "architecture": gpu.architecture,
         "quality": policy.quality.value,
@@ -216,16 +234,24 @@ def _trace(
 
 
 def _execute(
-    source: _Source, call: Mapping[str, Any], gpu: Gpu, policy: Policy, casts: Sequence[Option]
+    source: _Source,
+    call: Mapping[str, Any],
+    gpu: Gpu,
+    policy: Policy,
+    load_options: Sequence[Option],
 ) -> Workload:
     """Get the pipeline, complete the call and trace it with all variants worth considering."""
     from pipefit.planner.build import quietly
     from pipefit.planner.call import default_inputs, resolve_call_defaults
     from pipefit.planner.trace import GPU, trace
 
-    def cast(twin: Any) -> None:
-        for option in casts:
-            strategy(option.strategy).apply(twin, option.component, option.parameters, GPU)
+    def load(twin: Any) -> None:
+        for option in load_options:
+            one = strategy(option.strategy)
+            if isinstance(one, Imitated):
+                one.imitate(twin, option.component, option.parameters)
+            else:
+                one.apply(twin, option.component, option.parameters, GPU)
 
     with quietly():
         pipe, entry = source.get()
@@ -240,7 +266,7 @@ def _execute(
                 replace(traced, call={**traced.call, **shown}), gpu, policy
             ),
             apply_variant=_apply_parts,
-            prepare=cast,
+            prepare=load,
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,
         )

@@ -8,16 +8,20 @@ from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
 from pipefit.strategies.group_offload import GroupOffload
+from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
+from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
-from pipefit.strategies.strategy import Strategy
+from pipefit.strategies.strategy import Option, Quality, Strategy
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
 
 BUILT_IN: tuple[Strategy, ...] = (
     Precision(),
+    Quantization(),
+    LayerwiseCasting(),
     ChannelsLast(),
     Attention(),
     VaeSlicing(),
@@ -46,9 +50,15 @@ def strategy(name: str) -> Strategy:
     raise UnknownName("strategy", name, (one.name for one in BUILT_IN))
 
 
+def quality_of(option: Option) -> Quality:
+    """Return the best level at which *option* may be used; some depend on their parameters."""
+    one = strategy(option.strategy)
+    return one.quality_of(option.parameters) if isinstance(one, Quantization) else one.quality
+
+
 def traits_of(module: Any) -> dict[str, Any]:
     """Return what all strategies together ask a live module, for ``Component.traits``."""
     return {key: value for one in BUILT_IN for key, value in one.traits(module).items()}
 
 
-__all__ = ["BUILT_IN", "strategy", "traits_of"]
+__all__ = ["BUILT_IN", "quality_of", "strategy", "traits_of"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import Placement
@@ -23,7 +23,7 @@ Kind = Literal["placement", "pipeline_placement", "compute", "load"]
 """placement: where one component's weights are, exactly one per component.
 pipeline_placement: the same, for all components at once (model and sequential offload).
 compute: changes how the component computes; its effect on memory and time is traced.
-load: how the weights are read (dtype); changes the whole trace."""
+load: how the weights are stored (dtype, fewer bits); changes the whole trace."""
 
 
 class Quality(str, enum.Enum):
@@ -91,4 +91,13 @@ class Strategy(Protocol):
         self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
     ) -> Undo:
         """Put it in force on the live pipeline. If it raises, nothing was changed."""
+        ...
+
+
+@runtime_checkable
+class Imitated(Protocol):
+    """A load strategy whose ``apply`` the weightless twin cannot or need not go through."""
+
+    def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
+        """Give the twin's component the tensors, and each call the allocations, that it causes."""
         ...

@@ -1,0 +1,160 @@
+"""Hold weights in 8-bit floats and cast each layer up for its own forward: layerwise casting.
+
+diffusers' hook casts a layer's weight and bias up before its forward and down after it, on the GPU.
+Which layers: convolutions, linear layers and embeddings, less what the class and the library skip.
+On a transformers encoder more is left out than diffusers leaves out on its own: embeddings, because
+such a model's dtype is that of its first parameter and pipelines cast prompts to it, and what the
+class keeps in float32, because T5 reads ``wo.weight.dtype`` (diffusers issue 10347).
+
+A reader would expect undo to cast back. Bits are lost, so the originals wait in host RAM while this
+is in force, and undo puts those very weights back. The search is not offered it yet: it changes
+the whole trace, so each component's choice would have to be traced with each other's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.workload import Component, Workload
+from pipefit.strategies.live import device_restorer, hook_restorer
+from pipefit.strategies.parameters import unknown_parameter
+from pipefit.strategies.strategy import Kind, Quality, Undo
+
+STORAGE_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerwiseCasting:
+    """``component.enable_layerwise_casting(...)``; ``apply_layerwise_casting`` where it has none.
+
+    ``compute_dtype`` is by default what most of the component's weights have.
+    """
+
+    name: str = "layerwise_casting"
+    kind: Kind = "load"
+    quality: Quality = Quality.BALANCED
+
+    def traits(self, module: Any) -> dict[str, Any]:
+        """Whether there is a layer that the library would cast."""
+        return {"can_cast_layers": bool(_castable(module))}
+
+    def options(
+        self, component: Component, workload: Workload, gpu: Gpu
+    ) -> Sequence[Mapping[str, Any]]:
+        """None yet: see the module's docstring."""
+        return ()
+
+    def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
+        """Dtypes that the library does not cast to, and components without a layer to cast."""
+        wrong = unknown_parameter(self.name, parameters, ("storage_dtype", "compute_dtype"))
+        if wrong:
+            return wrong
+        for key, known in (("storage_dtype", STORAGE_DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
+            if key in parameters and parameters[key] not in known:
+                given = parameters[key]
+                return f"layerwise_casting:{key} is one of {', '.join(known)}, but was {given!r}."
+        if not component.traits.get("can_cast_layers"):
+            return f"{component.class_name} has no layer that could be stored in 8 bits."
+        return None
+
+    def placement(self, parameters: Mapping[str, Any]) -> None:
+        """Weights stay where they are."""
+
+    def apply(
+        self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
+    ) -> Undo:
+        """Attach the hooks; undo takes them off and puts the original weights back."""
+        module = getattr(pipe, str(component))
+        with ExitStack() as undo:
+            undo.callback(device_restorer(module))
+            before = [(tensor, tensor.data) for tensor in module.parameters()]
+            undo.callback(_put_back, before)
+            undo.callback(hook_restorer(module))
+            _enable(module, parameters)
+            # What was not cast has lost nothing and need not be held.
+            before[:] = [
+                (tensor, data.to("cpu")) for tensor, data in before if tensor.dtype != data.dtype
+            ]
+            return undo.pop_all().close
+
+    def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
+        """Cast the weightless twin of *component*, with layers that are not changed by a call.
+
+        The hooks replace a weight twice in each forward. To a trace that is a module that changes,
+        of which no call can be remembered; a copy for the length of the forward needs the same
+        memory, at the highest: the 8-bit weight, the wide one and the one cast back, which here is
+        the first.
+        """
+        from diffusers.hooks import HookRegistry
+
+        module = getattr(pipe, component)
+        _enable(module, parameters)
+        for layer in _castable(module):
+            registry = vars(layer).get("_diffusers_hook")
+            hook = registry and registry.get_hook("layerwise_casting")
+            if hook:
+                del layer._diffusers_hook, layer.forward
+                layer.__class__ = _casting_class(type(layer), hook.compute_dtype)
+                # The dtype that diffusers' models say they have is that of such a hook.
+                top = HookRegistry.check_if_exists_or_initialize(module)
+                top.hooks.setdefault("layerwise_casting", hook)
+
+
+def _castable(module: Any) -> list[Any]:
+    from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
+
+    return [part for part in module.modules() if isinstance(part, LAYERS)]
+
+
+def _enable(module: Any, parameters: Mapping[str, Any]) -> None:
+    import torch
+    from diffusers import ModelMixin
+    from diffusers.hooks import apply_layerwise_casting
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    storage = getattr(torch, parameters.get("storage_dtype", STORAGE_DTYPES[0]))
+    compute = getattr(torch, parameters.get("compute_dtype") or _dtype_of(module))
+    if isinstance(module, ModelMixin):
+        module.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
+        return
+    kept = tuple(f"{name}$" for name in getattr(module, "_keep_in_fp32_modules", None) or ())
+    apply_layerwise_casting(
+        module,
+        storage_dtype=storage,
+        compute_dtype=compute,
+        skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *kept),
+        skip_modules_classes=(torch.nn.Embedding,),
+    )
+
+
+def _dtype_of(module: Any) -> str:
+    from pipefit.strategies.precision import Precision
+
+    return str(Precision().traits(module)["dtype"])
+
+
+def _put_back(before: Sequence[tuple[Any, Any]]) -> None:
+    for tensor, data in before:
+        tensor.data = data
+
+
+@functools.cache
+def _casting_class(cls: type, dtype: Any) -> type:
+    """Return *cls* with a forward that computes with copies of its parameters in *dtype*."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stored = dict(self._parameters)
+        try:
+            for name, tensor in stored.items():
+                self._parameters[name] = None if tensor is None else tensor.to(dtype)
+            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            self._parameters.update(stored)
+
+    return type(f"Casting{cls.__name__}", (cls,), {"forward": forward})
