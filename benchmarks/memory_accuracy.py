@@ -16,13 +16,14 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from benchmarks.published import held_out
 from benchmarks.published.records import (
     RECORDS,
     Record,
@@ -37,6 +38,8 @@ from benchmarks.published.records import (
     weights_are_published,
 )
 from pipefit.cost_models.units import GIB
+
+Result = TypeVar("Result")
 
 DOC = Path(__file__).parent.parent / "docs" / "accuracy.md"
 
@@ -89,12 +92,15 @@ class Row:
         return self.predicted_gib is not None and not self.is_compiled
 
 
-def predict_setup(setup: Setup) -> Predicted:
-    """Ask pipefit; seconds where the trace is not in the cache."""
+def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
+    """Ask pipefit; seconds where the trace is not in the cache.
+
+    *subject* is what ``subject_of`` made of the setup, where that is at hand.
+    """
     from pipefit import predict
     from pipefit.planner.catalog import reference_machine
 
-    subject = subject_of(setup)
+    subject = subject_of(setup) if subject is None else subject
     found = predict(
         subject,
         setup.strategies,
@@ -127,22 +133,23 @@ def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
         else:
             setups[setup.key] = setup
             asked.append((record, setup))
-    predicted = _predict_all(setups, num_workers)
+    predicted = _in_pool(_predict_or_say, setups, num_workers, "predicted")
     return [
         _row(record, setup, None if isinstance(setup, str) else predicted[setup.key])
         for record, setup in asked
     ]
 
 
-def _predict_all(setups: Mapping[str, Setup], num_workers: int) -> dict[str, Predicted | str]:
-    found: dict[str, Predicted | str] = {}
-    context = get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        for i, (key, result) in enumerate(
-            zip(setups, pool.map(_predict_or_say, setups.values()), strict=True), start=1
-        ):
+def _in_pool(
+    work: Callable[[Setup], Result], setups: Mapping[str, Setup], num_workers: int, what: str
+) -> dict[str, Result]:
+    """Do *work* for each of *setups* in processes of their own; says how far it is."""
+    found: dict[str, Result] = {}
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        for key, result in zip(setups, pool.map(work, setups.values()), strict=True):
             found[key] = result
-            print(f"{i}/{len(setups)} {setups[key].pipeline}", file=sys.stderr, flush=True)
+            done = f"{len(found)}/{len(setups)}"
+            print(f"{what} {done} {setups[key].pipeline}", file=sys.stderr, flush=True)
     return found
 
 
@@ -180,6 +187,96 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     notes = [explanation(record)] if abs(row.error) > OUTLIER else []
     notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
     return Row(**{**vars(row), "note": "; ".join(note for note in notes if note)})
+
+
+# -- leave one pipeline out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A pipeline predicted by rules that were found without it."""
+
+    pipeline: str
+    num_rows: int
+    rules: Mapping[str, str | None]
+    """Of the kinds of convolutions that it meets; None: no other pipeline has such."""
+    error: float
+    """Median absolute error."""
+    lowest: float
+    """The most that a row is under-predicted."""
+
+
+def leave_one_out(rows: Sequence[Row], *, num_workers: int) -> list[LeftOut]:
+    """Return each pipeline with resident weights and an allocated peak, left out of the rules."""
+    chosen = [
+        row
+        for row in rows
+        if row.counts and row.kind == "allocated" and row.setup and not _is_offloaded(row.setup)
+    ]
+    setups = {row.setup.key: row.setup for row in chosen if row.setup}
+    under_rules = _in_pool(_allocated_by_rule, setups, num_workers, "rules")
+    errors: dict[str, dict[str, list[tuple[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in chosen:
+        assert row.setup is not None
+        for regime, by_rule in under_rules[row.setup.key].items():
+            for rule, num_bytes in by_rule.items():
+                error = _moved(row, num_bytes - by_rule[held_out.OURS[regime]])
+                errors[regime][rule].append((row.record["pipeline"], error))
+    found = []
+    for pipeline in sorted({row.record["pipeline"] for row in chosen}):
+        best = held_out.best_rules(errors, pipeline)
+        these = [row for row in chosen if row.record["pipeline"] == pipeline]
+        moved = []
+        met: set[str] = set()
+        for row in these:
+            assert row.setup is not None
+            by_regime = under_rules[row.setup.key]
+            met |= set(by_regime)
+            # Where two kinds of convolutions meet, one peak is theirs: the largest change counts.
+            changes = [
+                by_rule[best[regime] or LARGEST_RULE] - by_rule[held_out.OURS[regime]]
+                for regime, by_rule in by_regime.items()
+            ]
+            moved.append(_moved(row, max(changes, key=abs, default=0)))
+        found.append(
+            LeftOut(
+                pipeline=pipeline,
+                num_rows=len(these),
+                rules={regime: best[regime] for regime in sorted(met)},
+                error=statistics.median(map(abs, moved)),
+                lowest=min(moved),
+            )
+        )
+    return found
+
+
+LARGEST_RULE = list(held_out.RULES)[-1]
+
+
+def _is_offloaded(setup: Setup) -> bool:
+    return any("offload" in strategy for strategy in setup.strategies)
+
+
+def _moved(row: Row, delta_bytes: int) -> float:
+    """Return the error of *row* if its peak were *delta_bytes* higher."""
+    assert row.predicted_gib is not None
+    return (row.predicted_gib + delta_bytes / GIB) / row.published_gib - 1
+
+
+def _allocated_by_rule(setup: Setup) -> dict[str, dict[str, int]]:
+    """Return the allocated peak under every rule of every kind of convolution that is met."""
+    subject = subject_of(setup)
+
+    def allocated_under(choice: held_out.Choice) -> int:
+        with held_out.ruled_by(choice):
+            return predict_setup(setup, subject).allocated_bytes
+
+    with held_out.ruled_by({}) as met:
+        predict_setup(setup, subject)
+    return {
+        regime: {rule: allocated_under({regime: rule}) for rule in held_out.RULES}
+        for regime in sorted(met)
+    }
 
 
 # -- figures
@@ -225,7 +322,7 @@ def summary(rows: Sequence[Row]) -> Summary:
 # -- the page
 
 
-def page(rows: Sequence[Row], seconds: float) -> str:
+def page(rows: Sequence[Row], left_out: Sequence[LeftOut], seconds: float) -> str:
     """Return docs/accuracy.md."""
     import diffusers
     import torch
@@ -239,6 +336,7 @@ def page(rows: Sequence[Row], seconds: float) -> str:
         "",
         *_summary_table(rows),
     ]
+    lines += ["", "## Leave one pipeline out", "", *_left_out_table(left_out)]
     for kind in KINDS:
         lines += ["", f"## {kind.capitalize()}", "", *_pipeline_table(rows, kind)]
         lines += ["", *_row_table([r for r in rows if r.kind == kind])]
@@ -258,6 +356,22 @@ def _summary_table(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"| {kind} | {s.num_pipelines} | {s.num_rows} | {s.median:.2%} | {s.ninetieth:.2%} | "
             f"{s.worst:.1%} | {min(0.0, s.lowest):+.1%} | {s.share_under:.0%} |"
+        )
+    return lines
+
+
+def _left_out_table(left_out: Sequence[LeftOut]) -> list[str]:
+    lines = ["| pipeline | records | rules found without it | median error | most under |"]
+    lines.append("|---|---:|---|---:|---:|")
+    for one in left_out:
+        rules = "; ".join(
+            f"{regime}: {rule or 'no other evidence, the largest'}"
+            + ("" if rule == held_out.OURS[regime] else " **(not ours)**")
+            for regime, rule in one.rules.items()
+        )
+        lines.append(
+            f"| {one.pipeline} | {one.num_rows} | {rules or '–'} | {one.error:.2%} | "
+            f"{min(0.0, one.lowest):+.2%} |"
         )
     return lines
 
@@ -312,7 +426,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = [r for r in load(given.records) if given.only.lower() in r["pipeline"].lower()]
     started = time.perf_counter()
     rows = rows_of(records, num_workers=given.workers)
-    text = page(rows, time.perf_counter() - started)
+    left_out = leave_one_out(rows, num_workers=given.workers)
+    text = page(rows, left_out, time.perf_counter() - started)
     if given.write:
         DOC.write_text(text, encoding="utf-8")
     print(text)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.published.older_versions import as_until_0_30
+from pipefit.planner.build import build_pipeline, quietly
 
 IP_ADAPTER_TOKENS = 4
 """Image tokens of the plain IP-Adapter (h94/IP-Adapter, models/ip-adapter_sd15.bin)."""
@@ -86,15 +87,14 @@ def ip_adapter(pipe: DiffusionPipeline) -> None:
         for name in ("to_k_ip", "to_v_ip"):
             shape = (module.to_q.out_features, text_width)
             projections[f"{2 * i + 1}.{name}.weight"] = torch.zeros(shape)
-    pipe.unet._load_ip_adapter_weights(
-        [{"image_proj": image_proj, "ip_adapter": projections}], low_cpu_mem_usage=False
-    )
+    with quietly():
+        pipe.unet._load_ip_adapter_weights(
+            [{"image_proj": image_proj, "ip_adapter": projections}], low_cpu_mem_usage=False
+        )
 
 
 def first_unet_beside(pipe: DiffusionPipeline) -> None:
     """``from_pipe`` leaves the UNet of the first pipeline where it was, beside the new one."""
-    from pipefit.planner.build import build_pipeline
-
     first, _ = build_pipeline("stable-diffusion-v1-5", dtype={"default": "float16"})
     pipe.text_encoder.add_module("unet_of_the_first_pipeline", first.unet)
     pipe.text_encoder.add_module("checker_of_the_first_pipeline", first.safety_checker)

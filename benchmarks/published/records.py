@@ -68,6 +68,9 @@ UNSTATED_GPU = "a100-80gb"
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+OTHERS = ("IP-Adapter", "LoRA", "use_pe=False")
+"""What ``levers.other`` may contain: done to the pipeline, too small to be seen, or the default."""
+
 CHECKERLESS = "diffusion-fast"
 """Sources, by a part of their ``source``, whose pipelines have no safety checker."""
 
@@ -118,6 +121,7 @@ def setup_of(record: Record) -> Setup:
     name = PIPELINES.get(record["pipeline"])
     if name is None:
         raise Unusable(f"{record['pipeline']} is not a pipeline of diffusers 0.42.1")
+    _refuse_what_is_not_ours(record["levers"])
     dtype = _dtype(record)
     common: dict[str, Any] = {"pipeline": name, "gpu": _gpu(record), "dtype": dtype}
     if record["kind"] in COMPONENT_CALLS:
@@ -232,6 +236,7 @@ def _is_before_0_31(record: Record) -> bool:
 def _strategies(record: Record) -> tuple[str, ...]:
     levers = record["levers"]
     found = list(quantization_options(record))
+    found += [name for name in ("vae_tiling", "vae_slicing") if levers[name]]
     if levers["layerwise_casting"]:
         component = levers["layerwise_casting"].split(" ")[0]
         found.append(f"layerwise_casting:storage_dtype=float8_e4m3fn@{component}")
@@ -245,6 +250,14 @@ def _strategies(record: Record) -> tuple[str, ...]:
     if offload == "group":
         return (*found, _group_offload(levers["offload_params"] or ""))
     raise Unusable(f"{offload} is not an offload of diffusers' pipelines")
+
+
+def _refuse_what_is_not_ours(levers: Mapping[str, Any]) -> None:
+    others, tiling = levers["other"] or "", str(levers["vae_tiling"] or "")
+    if others and not any(known in others for known in OTHERS):
+        raise Unusable(f"it ran with {others}, which pipefit does not have")
+    if "own function" in tiling:
+        raise Unusable(f"it ran with {tiling}")
 
 
 def _group_offload(parameters: str) -> str:
