@@ -40,11 +40,14 @@ FAIL_WITHOUT_NEGATIVE_PROMPT = ("KolorsPipeline", "KolorsImg2ImgPipeline")
 Source: https://github.com/huggingface/diffusers/issues/13612, "Issue 4"; so in diffusers 0.42.1.
 """
 
+EDIT_A_PICTURE = ("QwenImageLayeredPipeline",)
+"""Pipelines that fail without a picture, though ``None`` is its default and nothing else tells."""
+
 SHOWN_ARGUMENTS = (
-    "height", "width", "num_frames", "audio_length_in_s", "audio_end_in_s", "num_inference_steps",
-    "strength", "guidance_scale", "min_guidance_scale", "max_guidance_scale", "true_cfg_scale",
-    "max_sequence_length",
-    "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "output_type",
+    "height", "width", "resolution", "layers", "num_frames", "video_length", "audio_length_in_s",
+    "audio_end_in_s", "num_inference_steps", "strength", "guidance_scale", "min_guidance_scale",
+    "max_guidance_scale", "true_cfg_scale", "max_sequence_length", "num_images_per_prompt",
+    "num_videos_per_prompt", "num_waveforms_per_prompt", "output_type",
 )  # fmt: skip
 """Arguments that decide what a call needs, in the order in which people read them."""
 
@@ -122,13 +125,16 @@ def _needed(
     """Return the arguments to make up: without a default, or without which the call is empty.
 
     diffusers gives ``None`` as the default of most pictures, needed or not. They are needed by
-    pipelines that have a ``controlnet``, and by those that start from a picture, which is what a
-    ``strength`` is for; unless there is a choice of conditions, all of them optional.
+    pipelines that have a ``controlnet`` or an ``adapter``, and by those that start from a picture,
+    which is what a ``strength`` is for; unless there is a choice of conditions, all of them
+    optional.
     """
     has_strength = "strength" in parameters and "conditions" not in parameters
     has_controlnet = getattr(pipe, "controlnet", None) is not None
+    has_control = has_controlnet or getattr(pipe, "adapter", None) is not None
+    starts_from_it = has_strength or type(pipe).__name__ in EDIT_A_PICTURE
     wanted = {
-        "image": has_strength or (has_controlnet and "control_image" not in parameters),
+        "image": starts_from_it or (has_control and "control_image" not in parameters),
         "video": has_strength and "image" not in parameters,
         "control_image": True,
         "control_video": True,
@@ -145,7 +151,17 @@ def _needed(
 
 
 def _picture(pipe: Any, given: Mapping[str, Any]) -> Image.Image:
-    return Image.new("RGB", (_side_px(pipe, given, "width"), _side_px(pipe, given, "height")))
+    size = (_side_px(pipe, given, "width"), _side_px(pipe, given, "height"))
+    return Image.new(_picture_mode(pipe), size)
+
+
+def _picture_mode(pipe: Any) -> str:
+    """Return Pillow's name for the channels of a picture: adapters take edges in one channel, the
+    VAE of layered pictures takes their transparency as well."""
+    adapter, vae = getattr(pipe, "adapter", None), getattr(pipe, "vae", None)
+    if adapter is not None and adapter.config.in_channels == 1:
+        return "L"
+    return "RGBA" if vae is not None and getattr(vae.config, "input_channels", 3) == 4 else "RGB"
 
 
 def _mask(pipe: Any, given: Mapping[str, Any]) -> Image.Image:

@@ -95,8 +95,33 @@ def _pipeline_files() -> Mapping[str, Traversable]:
 
 @functools.cache
 def _read_pipeline(name: str) -> Mapping[str, Any]:
-    entry: dict[str, Any] = json.loads(_pipeline_files()[name].read_text("utf-8"))
+    entry: dict[str, Any] = _resolved(json.loads(_pipeline_files()[name].read_text("utf-8")))
     return entry
+
+
+def _resolved(value: Any) -> Any:
+    """Return *value* with every ``like`` in it replaced by what it names.
+
+    ``{"like": "sana", ...}`` is the entry ``sana`` with changes, ``"sana/components/vae"`` a part
+    of it: objects are merged and null removes a key (RFC 7386). Names and aliases are never taken
+    over, so that each belongs to one entry.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    changes = {key: _resolved(part) for key, part in value.items() if key != "like"}
+    if "like" not in value:
+        return changes
+    name, *path = value["like"].split("/")
+    base = functools.reduce(lambda part, key: part[key], path, _read_pipeline(name))
+    return _merged({k: v for k, v in base.items() if k not in ("name", "aliases")}, changes)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    kept = {key: part for key, part in base.items() if key not in changes}
+    changed = {k: _merged(base.get(k), part) for k, part in changes.items() if part is not None}
+    return kept | changed
 
 
 @functools.cache

@@ -46,6 +46,8 @@ def test_nothing_is_given_to_pipelines_whose_pictures_are_optional() -> None:
         ("stable-diffusion-xl-refiner-1.0", (1024, 1024)),
         ("stable-video-diffusion-img2vid-xt", (1024, 576)),
         ("sdxl-controlnet-canny", (1024, 1024)),
+        ("sdxl-t2i-adapter-canny", (1024, 1024)),
+        ("stable-diffusion-v1-5-img2img", (512, 512)),
         pytest.param("wan2.1-i2v-14b-480p", (832, 480), marks=pytest.mark.slow),
     ],
 )
@@ -54,6 +56,13 @@ def test_pictures_have_the_size_of_the_call(name: str, size: tuple[int, int]) ->
     assert inputs(name, height=640, width=512)["image"].size == (512, 640)
     own = Image.new("RGB", (320, 256))
     assert inputs(name, image=own)["image"] is own
+
+
+def test_pictures_have_the_channels_that_the_pipeline_takes() -> None:
+    modes = ("stable-diffusion-v1-5-img2img", "sd15-t2i-adapter-canny", "qwen-image-layered")
+    assert [inputs(name)["image"].mode for name in modes] == ["RGB", "L", "RGBA"]
+    painted = inputs("stable-diffusion-inpainting")
+    assert (painted["image"].mode, painted["mask_image"].mode) == ("RGB", "L")
 
 
 def test_the_size_of_a_made_up_picture_is_not_an_argument() -> None:
