@@ -152,7 +152,9 @@ class VirtualMachine:
             device = tensor.device
         dtype = dtype or tensor.dtype
         if memory_format is not None and memory_format != torch.preserve_format:
-            copy = copy or not tensor.is_contiguous(memory_format=memory_format)
+            # As to_impl in aten/src/ATen/native/TensorConversions.cpp: by the strides of every
+            # dimension, so that a 1x1 weight that is dense in both layouts is copied.
+            copy = copy or torch._prims_common.suggest_memory_format(tensor) != memory_format
         if tensor.device == device and tensor.dtype == dtype and not copy:
             return tensor
         kwargs: dict[str, Any] = {"dtype": dtype, "device": device}

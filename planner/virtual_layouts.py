@@ -82,6 +82,7 @@ def empty_like(
 
 
 def _like(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Operators that fill an ``empty_like``."""
     layout = kwargs.get("memory_format") or torch.preserve_format
     return empty_like(args[0], kwargs.get("dtype") or args[0].dtype, layout)
 
@@ -97,6 +98,12 @@ def _group_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     )
 
 
+def _layer_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    # Contiguous on CUDA whatever the input (layer_norm_cuda in native/cuda/layer_norm_kernel.cu).
+    made, mean, rstd = func(*args, **kwargs)
+    return torch.empty(made.size(), dtype=made.dtype, device=META), mean, rstd
+
+
 def _convolution(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     x, weight = args[0], args[1]
     made = func(*args, **kwargs)
@@ -110,9 +117,19 @@ def _convolution(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
 _SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     aten.native_group_norm.default: _group_norm,
     aten.convolution.default: _convolution,
-    aten.empty_like.default: _like,
-    aten.zeros_like.default: _like,
-    aten.ones_like.default: _like,
+    aten.native_layer_norm.default: _layer_norm,
+    **dict.fromkeys(
+        (
+            aten.empty_like.default,
+            aten.zeros_like.default,
+            aten.ones_like.default,
+            aten.full_like.default,
+            aten.rand_like.default,
+            aten.randn_like.default,
+            aten.flip.default,
+        ),
+        _like,
+    ),
 }
 
 _UNARY_WITH_NUMBERS = {"aten::pow", "aten::clamp", "aten::clamp_min", "aten::clamp_max"}
