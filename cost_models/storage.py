@@ -74,6 +74,8 @@ class GgufType:
     """A constant is taken off each element."""
     has_minimum: bool = False
     """Elements count from a minimum of their own group."""
+    scale_bytes: int = 0
+    """What the scales of a block's groups take while it is dequantised."""
 
 
 GGUF_TYPES: Mapping[str, GgufType] = {
@@ -86,11 +88,17 @@ GGUF_TYPES: Mapping[str, GgufType] = {
         elements=32, num_bytes=24, low_bits=4, high_bits=1, wide_high=True, has_minimum=True
     ),
     "Q8_0": GgufType(elements=32, num_bytes=34, low_bits=8),
-    "Q2_K": GgufType(elements=256, num_bytes=84, low_bits=2, has_minimum=True),
-    "Q3_K": GgufType(elements=256, num_bytes=110, low_bits=2, high_bits=1, is_signed=True),
-    "Q4_K": GgufType(elements=256, num_bytes=144, low_bits=4, has_minimum=True),
-    "Q5_K": GgufType(elements=256, num_bytes=176, low_bits=4, high_bits=1, has_minimum=True),
-    "Q6_K": GgufType(elements=256, num_bytes=210, low_bits=4, high_bits=2, is_signed=True),
+    "Q2_K": GgufType(elements=256, num_bytes=84, low_bits=2, has_minimum=True, scale_bytes=64),
+    "Q3_K": GgufType(
+        elements=256, num_bytes=110, low_bits=2, high_bits=1, is_signed=True, scale_bytes=80
+    ),
+    "Q4_K": GgufType(elements=256, num_bytes=144, low_bits=4, has_minimum=True, scale_bytes=48),
+    "Q5_K": GgufType(
+        elements=256, num_bytes=176, low_bits=4, high_bits=1, has_minimum=True, scale_bytes=48
+    ),
+    "Q6_K": GgufType(
+        elements=256, num_bytes=210, low_bits=4, high_bits=2, is_signed=True, scale_bytes=32
+    ),
 }
 """Source: ``GGML_QUANT_SIZES`` of gguf 0.19, and how diffusers 0.42.1 takes blocks apart
 (quantizers/gguf/utils.py). F16 and F32 tensors of a file become ordinary ones."""

@@ -2,13 +2,16 @@
 
 Two traps decide what is offered. Pipelines call an autoencoder's ``decode``, never its ``forward``,
 so the hook that would load what block level leaves over does not fire (diffusers issues 12319 and
-12692), and a copy stream learns its order from ``forward`` as well. And pinned copies made at the
-start undo a cast that the pipeline makes later, as SDXL does with a float16 VAE. So autoencoders go
-leaf by leaf and without streams, unless their class names its blocks.
+12692), and a copy stream learns its order from ``forward`` as well: then it costs memory and gains
+nothing. And pinned copies made at the start undo a cast that the pipeline makes later, as SDXL does
+with a float16 VAE. So autoencoders are offered leaf by leaf and without streams, unless their class
+names its blocks.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +19,12 @@ from typing import Any
 
 from pipefit.cost_models import placement
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.residency import DECLARED_BLOCKS, offload_groups
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.strategies.live import (
     device_restorer,
     hook_restorer,
+    read_back_groups,
     remove_group_offloading,
     tensor_slots,
 )
@@ -33,6 +38,7 @@ PARAMETERS = (
     "record_stream",
     "non_blocking",
     "low_cpu_mem_usage",
+    "offload_to_disk_path",
     "block_modules",
 )
 FLAGS = ("use_stream", "record_stream", "non_blocking", "low_cpu_mem_usage")
@@ -52,7 +58,11 @@ leaf.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOffload:
-    """``component.enable_group_offload(...)``; ``apply_group_offloading`` where it has none."""
+    """``component.enable_group_offload(...)``; ``apply_group_offloading`` where it has none.
+
+    ``offload_to_disk_path`` is an existing folder; each component gets a folder of its own in it,
+    which is gone after undoing.
+    """
 
     name: str = "group_offload"
     kind: Kind = "placement"
@@ -67,6 +77,8 @@ class GroupOffload:
             "is_autoencoder": hasattr(module, "decode"),
             "has_block_list": any(_is_block_list(child) for child in module.children()),
             "block_modules": _block_modules(module),
+            DECLARED_BLOCKS: _declared_blocks(module),
+            "is_upcast_by_pipelines": _is_upcast(module),
             "has_multihead_attention": any(
                 isinstance(part, nn.MultiheadAttention) for part in module.modules()
             ),
@@ -80,16 +92,17 @@ class GroupOffload:
     ) -> Sequence[Mapping[str, Any]]:
         """Leaf level and single blocks, each plain, streamed, and streamed with little host RAM.
 
-        Left out though allowed: ``record_stream``, with which the host runs ahead and weights pile
-        up without bound (diffusers issue 12673), and groups of several blocks, which need more
-        memory for the same transfers.
+        Left out though allowed: ``record_stream``, with which the host runs ahead and dropped
+        weights pile up (diffusers issue 12673), groups of several blocks, which need more memory
+        for the same transfers, and the disk.
         """
         block: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
         if component.traits.get("block_modules"):
             block["block_modules"] = tuple(component.traits["block_modules"])
         plain: list[dict[str, Any]] = [{"offload_type": "leaf_level"}, block]
         offered = list(plain)
-        if gpu.architecture not in STREAMLESS_ARCHITECTURES:
+        has_streams = gpu.architecture not in STREAMLESS_ARCHITECTURES
+        if has_streams and not component.traits.get("is_autoencoder"):
             offered += [{**one, "use_stream": True} for one in plain]
             offered += [{**one, "use_stream": True, "low_cpu_mem_usage": True} for one in plain]
         return [one for one in offered if self.refusal(component, one) is None]
@@ -108,17 +121,17 @@ class GroupOffload:
             return f"{name} keeps batch statistics that pipelines read without calling it."
         if parameters.get("record_stream") and not parameters.get("use_stream"):
             return "record_stream needs use_stream=true."
-        if parameters.get("use_stream") and traits.get("is_autoencoder"):
-            return f"{name} is called through decode, where a copy stream does not learn its order."
+        if traits.get("is_upcast_by_pipelines") and (
+            parameters.get("use_stream") or parameters.get("offload_to_disk_path")
+        ):
+            return f"{name} is cast to float32 by some pipelines, which its copies would undo."
         if parameters.get("offload_type", "block_level") == "leaf_level":
-            return _leaf_level_refusal(component)
+            return _leaf_level_refusal(component, parameters)
         return _block_level_refusal(component, parameters)
 
     def placement(self, parameters: Mapping[str, Any]) -> placement.Placement:
         """The same parameters as data."""
-        given = {"offload_type": "block_level", **parameters}
-        given["block_modules"] = tuple(given.get("block_modules") or ())
-        return placement.GroupOffload(**given)
+        return _as_placement(parameters)
 
     def apply(
         self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
@@ -127,20 +140,31 @@ class GroupOffload:
         import torch
 
         module = getattr(pipe, str(component))
+        folder = parameters.get("offload_to_disk_path")
         arguments = {**parameters, "onload_device": torch.device(device)}
         if "block_modules" in arguments:
             arguments["block_modules"] = list(arguments["block_modules"])
         with ExitStack() as undo:
+            if folder:
+                # Files are found again by names without the model in them, so each needs its own.
+                folder = tempfile.mkdtemp(prefix=f"{component}-", dir=folder)
+                undo.callback(shutil.rmtree, folder)
+                arguments["offload_to_disk_path"] = folder
             undo.callback(device_restorer(module))
             if parameters.get("use_stream"):
                 undo.callback(_unpin, module)
             undo.callback(hook_restorer(module))
             undo.callback(remove_group_offloading, module)
+            if folder:
+                undo.callback(read_back_groups, module)
             _enable(module, arguments)
             return undo.pop_all().close
 
 
-def _leaf_level_refusal(component: Component) -> str | None:
+def _leaf_level_refusal(component: Component, parameters: Mapping[str, Any]) -> str | None:
+    if parameters.get("offload_to_disk_path") and any(t.tied_to for t in component.tensors):
+        # The second leaf saves what saving the first has emptied (_offload_to_disk, 0.42.1).
+        return f"{component.class_name} has tied weights, which leaf level would lose on the disk."
     if component.traits.get("has_multihead_attention"):
         return (
             f"{component.class_name} has a torch.nn.MultiheadAttention, which reads its output "
@@ -160,13 +184,40 @@ def _block_level_refusal(component: Component, parameters: Mapping[str, Any]) ->
     blocks = parameters.get("block_modules") or traits.get("block_modules")
     if traits.get("is_autoencoder") and not blocks:
         return f"{component.class_name} names no blocks, and pipelines call decode, not forward."
-    if parameters.get("use_stream") and blocks:
-        # Each level of block modules registers its own tracker of the order on the same modules,
-        # which raises (LazyPrefetchGroupOffloadingHook.initialize_hook, diffusers 0.42.1).
+    if parameters.get("use_stream") and _has_nested_recorders(component, parameters):
+        # Each level registers its own tracker of the order on the same modules, which raises
+        # (LazyPrefetchGroupOffloadingHook.initialize_hook, diffusers 0.42.1).
         return f"{component.class_name} has nested blocks, which diffusers cannot stream."
     if not blocks and not traits.get("has_block_list"):
         return f"{component.class_name} has no list of blocks to divide: use leaf_level."
     return None
+
+
+def _has_nested_recorders(component: Component, parameters: Mapping[str, Any]) -> bool:
+    groups = offload_groups(component, _as_placement(parameters))
+    return any(
+        not outer or inner.startswith(f"{outer}.")
+        for outer in groups.recorders
+        for inner in groups.recorders - {outer}
+    )
+
+
+def _as_placement(parameters: Mapping[str, Any]) -> placement.GroupOffload:
+    given = {"offload_type": "block_level", **parameters}
+    given["block_modules"] = tuple(given.get("block_modules") or ())
+    return placement.GroupOffload(**given)
+
+
+def _is_upcast(module: Any) -> bool:
+    """Whether pipelines may cast the module to float32 during a call (StableDiffusionXLPipeline).
+
+    ``force_upcast`` is the sign, though of AutoencoderKL's users only SDXL's heed it.
+    """
+    import torch
+
+    config = getattr(module, "config", None)
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    return bool(getattr(config, "force_upcast", False)) and torch.float16 in dtypes
 
 
 def _is_block_list(module: Any) -> bool:
@@ -175,11 +226,14 @@ def _is_block_list(module: Any) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
 
 
+def _declared_blocks(module: Any) -> list[str]:
+    return list(getattr(module, "_group_offload_block_modules", None) or ())
+
+
 def _block_modules(module: Any) -> list[str]:
     """Names of the children to descend into, as ``block_modules`` wants them."""
-    declared = getattr(module, "_group_offload_block_modules", None)
-    if declared:
-        return list(declared)
+    if declared := _declared_blocks(module):
+        return declared
     if not type(module).__name__.startswith(NESTED_BLOCK_ENCODERS):
         return []
     for path, part in module.named_modules():

@@ -161,6 +161,19 @@ def remove_group_offloading(module: Any) -> None:
         registry.remove_hook(name, recurse=True)
 
 
+def read_back_groups(module: Any) -> None:
+    """Read weights that group offloading keeps on disk, all of them, back into host memory."""
+    from safetensors.torch import load_file
+
+    for part in module.modules():
+        registry = getattr(part, DIFFUSERS_HOOKS, None)
+        hook = None if registry is None else registry.get_hook(GROUP_OFFLOADING_HOOKS[0])
+        if hook is not None and hook.group._is_offloaded_to_disk:
+            weights = load_file(hook.group.safetensors_file_path)
+            for key, tensor in hook.group.key_to_tensor.items():
+                tensor.data = weights[key]
+
+
 def attention_registry() -> Any:
     """Return diffusers' process-wide attention backend registry.
 

@@ -210,12 +210,14 @@ def _bnb_4bit(layer: QuantizedLinear, x: Tensor) -> Tensor:
 
 
 def _quanto_bytes(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    weight = layer.stored("weight_data")
-    scale = layer.stored("weight_scale")
-    if weight.is_floating_point():
-        weight = weight.to(scale.dtype)
-    weight = scale * weight
-    return _plus(torch.matmul(x.to(scale.dtype), weight.t()), layer.bias)
+    def product() -> Tensor:
+        weight, scale = layer.stored("weight_data"), layer.stored("weight_scale")
+        if weight.is_floating_point():
+            weight = weight.to(scale.dtype)
+        weight = scale * weight
+        return torch.matmul(x.to(scale.dtype), weight.t())
+
+    return _plus(product(), layer.bias)
 
 
 def _quanto_int4(layer: QuantizedLinear, x: Tensor) -> Tensor:
@@ -248,19 +250,26 @@ def _gguf_dequantized(packed: Tensor, type_: str) -> Tensor:
     low = blocks[:, kind.num_bytes - kind.elements * kind.low_bits // 8 :]
     if kind.low_bits == 8:
         return scale * low.view(torch.int8)
-    whole = _bits(low, kind.low_bits)
+    # Names as in diffusers, where what they stand for lives until the weight is done.
+    scales = packed.new_empty(blocks.shape[0] * kind.scale_bytes)
+    ql = _bits(low, kind.low_bits)
+    whole = ql
     if kind.high_bits:
         high = blocks[:, : kind.elements * kind.high_bits // 8]
         if kind.wide_high:
             words = high.to(torch.int32)[:, :1] >> _shifts(packed, torch.int32, 1, kind.elements)
-            above = (words & 1).to(torch.uint8)
+            qh = (words & 1).to(torch.uint8)
+            del words
         else:
-            above = _bits(high, kind.high_bits)
-        whole = whole | (above << kind.low_bits)
+            qh = _bits(high, kind.high_bits)
+        whole = ql | (qh << kind.low_bits)
     if kind.is_signed:
         whole = whole.to(torch.int8) - (1 << (kind.low_bits + kind.high_bits - 1))
     out = scale * whole
-    return out - scale if kind.has_minimum else out
+    if kind.has_minimum:
+        out = out - scale
+    del scales
+    return out
 
 
 def _bits(packed: Tensor, bits: int) -> Tensor:

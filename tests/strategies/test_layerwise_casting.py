@@ -1,0 +1,125 @@
+"""Layerwise casting: which weights it stores in 8 bits, and that undo gives the very same back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from tests.strategies.described import described
+
+from pipefit.strategies import strategy
+
+CASTING = strategy("layerwise_casting")
+FLOAT8 = torch.float8_e4m3fn
+
+
+def flux() -> Any:
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    ).bfloat16()
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return transformers.T5EncoderModel(config).bfloat16().eval()
+
+
+def unet() -> Any:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+    ).half()
+
+
+def pipe_of(module: Any) -> Any:
+    return SimpleNamespace(part=module)
+
+
+def dtypes(module: Any) -> dict[str, torch.dtype]:
+    return {path: one.dtype for path, one in module.named_parameters()}
+
+
+@pytest.mark.parametrize("build", [flux, t5, unet])
+def test_undo_gives_back_the_very_weights_and_takes_the_hooks_off(build: Any) -> None:
+    module = build()
+    before = {path: one.clone() for path, one in module.named_parameters()}
+    tensors = dict(module.named_parameters())
+    undo = CASTING.apply(pipe_of(module), "part", {}, "cpu")
+    assert FLOAT8 in dtypes(module).values()
+    undo()
+    for path, one in module.named_parameters():
+        assert one is tensors[path]
+        assert one.dtype == before[path].dtype
+        assert torch.equal(one, before[path])
+    assert not any("_diffusers_hook" in vars(part) for part in module.modules())
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_the_library_s_own_choice_of_layers_is_followed() -> None:
+    ours, theirs = flux(), flux()
+    CASTING.apply(pipe_of(ours), "part", {"storage_dtype": "float8_e5m2"}, "cpu")
+    theirs.enable_layerwise_casting(storage_dtype=torch.float8_e5m2, compute_dtype=torch.bfloat16)
+    assert dtypes(ours) == dtypes(theirs)
+
+
+def test_an_encoder_keeps_what_its_dtype_and_t5_s_wo_are_read_from() -> None:
+    module = t5()
+    CASTING.apply(pipe_of(module), "part", {}, "cpu")
+    kept = {path for path, dtype in dtypes(module).items() if dtype != FLOAT8}
+    assert {"shared.weight", "encoder.block.0.layer.1.DenseReluDense.wo.weight"} <= kept
+    assert module.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert module(torch.ones(1, 4, dtype=torch.long)).last_hidden_state.isfinite().all()
+
+
+def test_a_failure_half_way_leaves_the_weights_as_they_were() -> None:
+    module = t5()
+    CASTING.apply(pipe_of(module), "part", {}, "cpu")
+    before = dtypes(module)
+    with pytest.raises(ValueError, match="already exists"):
+        CASTING.apply(pipe_of(module), "part", {"storage_dtype": "float8_e5m2"}, "cpu")
+    assert dtypes(module) == before
+
+
+@pytest.mark.parametrize("build", [flux, t5, unet])
+def test_the_twin_stores_what_the_hooks_store(build: Any) -> None:
+    real, twin = build(), build()
+    CASTING.apply(pipe_of(real), "part", {}, "cpu")
+    CASTING.imitate(pipe_of(twin), "part", {})  # type: ignore[attr-defined]
+    assert dtypes(twin) == dtypes(real)
+    assert twin.dtype == real.dtype
+
+
+def test_the_twin_computes_what_the_hooks_compute() -> None:
+    real, twin = t5(), t5()
+    twin.load_state_dict(real.state_dict())
+    CASTING.apply(pipe_of(real), "part", {}, "cpu")
+    CASTING.imitate(pipe_of(twin), "part", {})  # type: ignore[attr-defined]
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(real(tokens).last_hidden_state, twin(tokens).last_hidden_state)
+
+
+def test_dtypes_that_no_layer_is_cast_to_are_refused() -> None:
+    component = described(flux())
+    assert CASTING.refusal(component, {"storage_dtype": "float8_e4m3fn"}) is None
+    assert "one of float8_e4m3fn" in str(CASTING.refusal(component, {"storage_dtype": "int8"}))
+    norm = described(torch.nn.LayerNorm(4))
+    assert "no layer that could be stored" in str(CASTING.refusal(norm, {}))

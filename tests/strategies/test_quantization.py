@@ -1,0 +1,214 @@
+"""Quantised layers hold and allocate what those of the libraries do."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from tests.strategies.described import described
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipefit.cost_models.storage import TYPES, stored_weight
+from pipefit.errors import UnsupportedPipeline
+from pipefit.strategies import quality_of, strategy
+from pipefit.strategies.quantized_linear import QuantizedLinear
+from pipefit.strategies.strategy import Option, Quality
+
+QUANTIZATION = strategy("quantization")
+
+ROWS, INPUTS, OUTPUTS = 512, 1024, 2048
+
+REAL_LAYERS = {
+    ("torchao", "int8_weight_only"): (2_107_392, 6_291_456),
+    ("torchao", "float8_weight_only"): (2_105_344, 20_971_520),
+    ("torchao", "int8_dynamic_activation_int4_weight"): (2_293_760, 9_568_256),
+    ("quanto", "int8"): (2_101_248, 6_291_456),
+    ("quanto", "float8"): (2_101_248, 8_388_608),
+    ("gguf", "Q8_0"): (2_228_224, 8_388_608),
+    ("gguf", "Q4_0"): (1_179_648, 8_388_608),
+    ("gguf", "Q4_1"): (1_310_720, 10_485_760),
+    ("gguf", "Q5_0"): (1_441_792, 20_971_520),
+    ("gguf", "Q5_1"): (1_572_864, 20_971_520),
+    ("gguf", "Q2_K"): (688_128, 11_010_052),
+    ("gguf", "Q3_K"): (901_120, 11_141_120),
+    ("gguf", "Q4_K"): (1_179_648, 10_878_976),
+    ("gguf", "Q5_K"): (1_441_792, 15_073_280),
+    ("gguf", "Q6_K"): (1_720_320, 10_747_904),
+}
+"""Bytes of the weight, and the most allocated in one forward, of the libraries' own layers.
+
+A bfloat16 layer of 1024 inputs and 2048 outputs with a bias, 512 rows of input, every storage that
+an operator makes counted; torchao 0.18, optimum-quanto 0.2.7 (``qbytes_mm``), diffusers 0.42.1 with
+gguf 0.19, torch 2.13 on a CPU."""
+
+SHIFT_TABLE_BYTES = 8
+"""What the constants that shift packed bits apart may add or not."""
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, while they live."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._seen = {one.untyped_storage()._cdata for one in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return made
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= num_bytes
+
+
+@pytest.mark.parametrize(("backend", "type_"), REAL_LAYERS)
+def test_a_layer_holds_and_allocates_what_the_library_s_does(backend: str, type_: str) -> None:
+    weight_bytes, peak_bytes = REAL_LAYERS[backend, type_]
+    linear = torch.nn.Linear(INPUTS, OUTPUTS, device="meta", dtype=torch.bfloat16)
+    stored = stored_weight(backend, type_, outputs=OUTPUTS, inputs=INPUTS, dtype="bfloat16")
+    layer = QuantizedLinear(linear, stored, backend, type_)
+    assert sum(tensor.num_bytes for tensor in stored) == weight_bytes
+    rows = torch.empty(ROWS, INPUTS, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), _Counted([rows, *layer.parameters()]) as counted:
+        out = layer(rows)
+    assert (out.shape, out.dtype) == ((ROWS, OUTPUTS), torch.bfloat16)
+    assert counted.peak == pytest.approx(peak_bytes, abs=SHIFT_TABLE_BYTES)
+
+
+def flux() -> Any:
+    with torch.device("meta"):
+        return diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1).bfloat16()
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        d_model=256, d_ff=512, d_kv=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):
+        return transformers.T5EncoderModel(config).bfloat16()
+
+
+def quantized(module: Any, **parameters: Any) -> Any:
+    assert QUANTIZATION.refusal(described(module), parameters) is None
+    QUANTIZATION.imitate(SimpleNamespace(part=module), "part", parameters)  # type: ignore[attr-defined]
+    return module
+
+
+def kept(module: Any) -> set[str]:
+    """Linear layers that hold an ordinary weight, numbers taken out of their paths."""
+    return {
+        ".".join(name for name in path.split(".") if not name.isdigit())
+        for path, one in module.named_modules()
+        if type(one) is torch.nn.Linear
+    }
+
+
+@pytest.mark.parametrize(
+    ("backend", "type_"), [(b, t) for b, types in TYPES.items() for t in types]
+)
+def test_every_type_runs_a_model_without_weights(backend: str, type_: str) -> None:
+    module = quantized(flux(), backend=backend, type=type_)
+    with torch.no_grad():
+        out = module(
+            hidden_states=torch.empty(1, 16, 64, device="meta", dtype=torch.bfloat16),
+            encoder_hidden_states=torch.empty(1, 8, 4096, device="meta", dtype=torch.bfloat16),
+            pooled_projections=torch.empty(1, 768, device="meta", dtype=torch.bfloat16),
+            timestep=torch.empty(1, device="meta", dtype=torch.bfloat16),
+            img_ids=torch.empty(16, 3, device="meta"),
+            txt_ids=torch.empty(8, 3, device="meta"),
+            guidance=torch.empty(1, device="meta") if module.config.guidance_embeds else None,
+        ).sample
+    assert (out.shape, out.dtype) == ((1, 16, 64), torch.bfloat16)
+
+
+def test_transformers_leaves_out_what_its_class_wants_in_float32() -> None:
+    wo = {"encoder.block.layer.DenseReluDense.wo"}
+    parameters = {"backend": "torchao", "type": "int8_weight_only"}
+    assert kept(quantized(t5(), **parameters)) == wo
+    assert kept(quantized(t5(), **parameters, all_linear=True)) == set()
+    assert kept(quantized(t5(), **parameters, modules_to_not_convert=("q",))) == {
+        "encoder.block.layer.SelfAttention.q"
+    }
+
+
+def test_layers_that_are_left_out_can_be_in_another_dtype() -> None:
+    module = quantized(t5(), backend="bitsandbytes", type="nf4", kept_dtype="float32")
+    wo = module.encoder.block[0].layer[1].DenseReluDense.wo
+    assert wo.weight.dtype == torch.float32
+    assert module.dtype == torch.bfloat16
+
+
+def test_a_model_s_dtype_is_not_that_of_a_scale() -> None:
+    assert quantized(flux(), backend="torchao", type="float8_weight_only").dtype == torch.bfloat16
+
+
+def test_a_gguf_file_keeps_the_ends_of_the_model_and_stores_fused_projections_better() -> None:
+    module = quantized(flux(), backend="gguf", type="q4_k_m")
+    assert kept(module) == {
+        "x_embedder",
+        "context_embedder",
+        "proj_out",
+        "norm_out.linear",
+        "time_text_embed.timestep_embedder.linear_1",
+        "time_text_embed.timestep_embedder.linear_2",
+        "time_text_embed.text_embedder.linear_1",
+        "time_text_embed.text_embedder.linear_2",
+    }
+    assert module.transformer_blocks[0].attn.add_k_proj.type == "Q5_K"
+    assert module.transformer_blocks[0].ff.net[2].type == "Q4_K"
+    assert module.single_transformer_blocks[0].attn.to_v.type == "Q4_K"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({}, "backend is one of torchao, bitsandbytes, gguf, quanto"),
+        ({"backend": "torchao", "type": "nf4"}, "torchao has the types int8_weight_only"),
+        ({"backend": "torchao", "type": "int8_weight_only", "per_row": True}, "per_row is for"),
+        (
+            {"backend": "torchao", "type": "int4_weight_only", "group_size": 48},
+            "group_size is one of 32",
+        ),
+        ({"backend": "bitsandbytes", "type": "nf4", "double_quant": 1}, "true or false"),
+        ({"backend": "bitsandbytes", "type": "nf4", "kept_dtype": "int8"}, "kept_dtype is one of"),
+        ({"backend": "gguf", "type": "Q8_0"}, "cannot be read from a GGUF file"),
+    ],
+)
+def test_what_no_library_has_is_refused(parameters: dict[str, Any], words: str) -> None:
+    assert words in str(QUANTIZATION.refusal(described(t5()), parameters))
+
+
+def test_a_loaded_pipeline_is_told_to_load_again() -> None:
+    with pytest.raises(UnsupportedPipeline, match="load it with a quantization_config"):
+        QUANTIZATION.apply(None, "transformer", {"backend": "torchao"}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("backend", "type_", "quality"),
+    [
+        ("torchao", "int8_weight_only", Quality.BALANCED),
+        ("gguf", "Q8_0", Quality.BALANCED),
+        ("gguf", "q6_k", Quality.LOW),
+        ("bitsandbytes", "nf4", Quality.LOW),
+        ("gguf", "F16", Quality.HIGH),
+    ],
+)
+def test_fewer_than_eight_bits_are_of_low_quality(
+    backend: str, type_: str, quality: Quality
+) -> None:
+    option = Option(strategy="quantization", parameters={"backend": backend, "type": type_})
+    assert quality_of(option) == quality
