@@ -15,6 +15,7 @@ Sources: ``diffusers/hooks/group_offloading.py`` and ``enable_model_cpu_offload`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -27,6 +28,25 @@ from pipefit.cost_models.placement import (
     SequentialOffload,
 )
 from pipefit.cost_models.workload import Component, TensorInfo, Workload
+
+DECLARED_BLOCKS = "declared_block_modules"
+"""Trait: children that the class itself wants divided where ``block_modules`` is not given."""
+
+NUM_REMEMBERED = 256
+"""Divisions kept; our choice, above what one search asks for (a few for each component)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ByIdentity:
+    """A component as a key: comparing thousands of tensors would cost what is to be saved."""
+
+    component: Component
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and self.component is other.component
+
+    def __hash__(self) -> int:
+        return id(self.component)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +113,12 @@ def load_order(component: Component) -> tuple[int, ...]:
 
     Children before their parent, parameters before buffers; tied tensors once.
     """
+    return _load_order(_ByIdentity(component))
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _load_order(of: _ByIdentity) -> tuple[int, ...]:
+    component = of.component
     children = _children(component)
     own: dict[str, list[TensorInfo]] = {}
     for tensor in component.tensors:
@@ -108,21 +134,36 @@ def load_order(component: Component) -> tuple[int, ...]:
 
 
 def offload_groups(component: Component, placement: GroupOffload) -> Groups:
-    """Return the groups that ``apply_group_offloading`` builds for *component*."""
+    """Return the groups that ``apply_group_offloading`` builds for *component*.
+
+    Remembered for the last components asked about: a search asks the same thousands of times.
+    """
     if placement.offload_type == "leaf_level":
-        return _leaf_groups(component, placement.use_stream)
+        return _leaf_groups(_ByIdentity(component), placement.use_stream)
     num_blocks = 1 if placement.use_stream else placement.num_blocks_per_group or 1
+    block_modules = placement.block_modules or tuple(component.traits.get(DECLARED_BLOCKS, ()))
+    return _block_groups(
+        _ByIdentity(component), num_blocks, block_modules, is_streamed=placement.use_stream
+    )
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _block_groups(
+    of: _ByIdentity, num_blocks: int, block_modules: tuple[str, ...], *, is_streamed: bool
+) -> Groups:
+    component = of.component
     children, below = _children(component), _by_prefix(component)
     lists = {module.path for module in component.modules if module.is_block_list}
     groups: list[Group] = []
     unmatched: list[Group] = []
 
-    def cut(root: str) -> None:
+    def cut(root: str, outer: frozenset[str]) -> None:
         covered: list[str] = []
+        nested: list[str] = []
         has_rest = False
         for child in children.get(root, ()):
-            if child.rpartition(".")[2] in placement.block_modules:
-                cut(child)
+            if child.rpartition(".")[2] in block_modules:
+                nested.append(child)
                 covered.append(child)
             elif child in lists:
                 blocks = children.get(child, [])
@@ -135,21 +176,27 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
                         Group(
                             paths=paths,
                             tensor_bytes=tensor_bytes,
-                            is_streamed=placement.use_stream,
+                            is_streamed=is_streamed,
                         )
                     )
             else:
                 has_rest = True
         taken = {t.path for path in covered for t in below.get(path, ())}
-        rest = tuple(_storages(t for t in below.get(root, ()) if t.path not in taken))
+        rest = [t for t in below.get(root, ()) if t.path not in taken]
+        # What an enclosing module holds already, tied, is on the GPU when this one is called.
+        missing = [t for t in rest if _storage(t) not in outer]
+        place = len(unmatched)
+        for child in nested:
+            cut(child, outer.union(map(_storage, rest)))
         if has_rest or rest:
-            unmatched.append(Group(paths=(root,), tensor_bytes=rest))
+            tensor_bytes = tuple(_storages(missing))
+            unmatched.insert(place, Group(paths=(root,), tensor_bytes=tensor_bytes))
 
-    cut("")
+    cut("", frozenset())
     return Groups(
         groups=tuple(groups),
         unmatched=tuple(unmatched),
-        recorders=frozenset(g.paths[0] for g in unmatched if placement.use_stream),
+        recorders=frozenset(g.paths[0] for g in unmatched if is_streamed),
     )
 
 
@@ -159,6 +206,12 @@ def sequential_groups(component: Component) -> Groups:
     Buffers stay on the GPU (see :func:`sequential_resident_bytes`) unless the component itself owns
     a parameter.
     """
+    return _sequential_groups(_ByIdentity(component))
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _sequential_groups(of: _ByIdentity) -> Groups:
+    component = of.component
     with_buffers = _offloads_buffers(component)
     own: dict[str, list[TensorInfo]] = {}
     for tensor in component.tensors:
@@ -315,7 +368,9 @@ class GroupHooks:
         return (index,)
 
 
-def _leaf_groups(component: Component, use_stream: bool) -> Groups:
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _leaf_groups(of: _ByIdentity, use_stream: bool) -> Groups:
+    component = of.component
     leaves = [module.path for module in component.modules if module.is_leaf_layer]
     below = _by_prefix(component)
     groups = [(leaf, below.get(leaf, [])) for leaf in leaves]
@@ -365,11 +420,15 @@ def _by_prefix(component: Component) -> dict[str, list[TensorInfo]]:
     return below
 
 
+def _storage(tensor: TensorInfo) -> str:
+    return tensor.tied_to or tensor.path
+
+
 def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
     """Yield the bytes of each distinct storage among *tensors*."""
     seen = set()
     for tensor in tensors:
-        storage = tensor.tied_to or tensor.path
+        storage = _storage(tensor)
         if storage not in seen:
             seen.add(storage)
             yield tensor.num_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pipefit.cost_models.placement import (
     SequentialOffload,
 )
 from pipefit.cost_models.residency import (
+    DECLARED_BLOCKS,
     GroupHooks,
     OffloadChain,
     host_bytes,
@@ -92,6 +94,7 @@ def tiny_t5() -> Any:
 BLOCKS_1 = GroupOffload(offload_type="block_level", num_blocks_per_group=1)
 BLOCKS_2 = GroupOffload(offload_type="block_level", num_blocks_per_group=2)
 LEAVES = GroupOffload(offload_type="leaf_level")
+VAE_BLOCKS = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
 
 @pytest.mark.parametrize(
@@ -106,21 +109,8 @@ LEAVES = GroupOffload(offload_type="leaf_level")
         (tiny_wan, LEAVES),
         (tiny_t5, BLOCKS_1),
         (tiny_t5, LEAVES),
-        (
-            tiny_t5,
-            GroupOffload(
-                offload_type="block_level", num_blocks_per_group=1, block_modules=("encoder",)
-            ),
-        ),
         (tiny_vae, LEAVES),
-        (
-            tiny_vae,
-            GroupOffload(
-                offload_type="block_level",
-                num_blocks_per_group=1,
-                block_modules=("quant_conv", "post_quant_conv", "encoder", "decoder"),
-            ),
-        ),
+        (tiny_vae, replace(BLOCKS_1, block_modules=VAE_BLOCKS)),
     ],
 )
 def test_groups_are_those_of_diffusers(build: Callable[[], Any], placement: GroupOffload) -> None:
@@ -152,6 +142,122 @@ def test_groups_are_those_of_diffusers(build: Callable[[], Any], placement: Grou
             )
     assert {g.paths[0]: (g.paths[-1], g.num_bytes) for g in groups.all} == theirs
     assert groups.unmatched_bytes == sum(g.num_bytes for g in groups.unmatched)
+
+
+ZEROS: dict[Any, dict[str, tuple[int, ...]]] = {
+    tiny_flux: {
+        "hidden_states": (1, 6, 4),
+        "encoder_hidden_states": (1, 3, 32),
+        "pooled_projections": (1, 32),
+        "timestep": (1,),
+        "img_ids": (6, 3),
+        "txt_ids": (3, 3),
+    },
+    tiny_unet: {"sample": (1, 4, 8, 8), "timestep": (1,), "encoder_hidden_states": (1, 3, 8)},
+    tiny_wan: {
+        "hidden_states": (1, 4, 1, 4, 4),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, 3, 16),
+    },
+    tiny_t5: {"input_ids": (1, 4)},
+    tiny_vae: {"z": (1, 4, 4, 4)},
+}
+
+
+def streamed(placement: GroupOffload, **more: Any) -> GroupOffload:
+    return replace(placement, use_stream=True, **more)
+
+
+@pytest.mark.parametrize(
+    ("build", "placement"),
+    [
+        *((build, p) for build in ZEROS for p in (LEAVES, BLOCKS_1, BLOCKS_2)),
+        *((build, streamed(LEAVES)) for build in ZEROS),
+        *((build, streamed(BLOCKS_1)) for build in ZEROS),
+        (tiny_flux, streamed(LEAVES, low_cpu_mem_usage=True)),
+        (tiny_flux, streamed(LEAVES, record_stream=True)),
+        (tiny_t5, replace(BLOCKS_1, block_modules=("encoder",))),
+    ],
+)
+def test_weights_on_the_gpu_are_those_of_diffusers_at_every_call(
+    build: Callable[[], Any], placement: GroupOffload
+) -> None:
+    """The real hooks on a virtual GPU, over three forwards: the first records, others prefetch."""
+    import torch
+    from diffusers.hooks import apply_group_offloading
+
+    from pipefit.planner.virtual import Observer, VirtualMachine
+
+    seen: list[tuple[str, int, int]] = []
+    with VirtualMachine(Observer()) as machine, torch.no_grad():
+        module = build()
+        declared = getattr(module, "_group_offload_block_modules", ())
+        component = replace(component_of("any", module), traits={DECLARED_BLOCKS: declared})
+        hooks = GroupHooks(offload_groups(component, placement))
+        move_weightless(module, machine)
+
+        def watch(path: str, part: Any) -> None:
+            inner = part.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hooks.before(path, "forward")
+                predicted = sum(hooks.groups[i].num_bytes for i in hooks.loaded)
+                seen.append((path, bytes_on_gpu(module), predicted))
+                return inner(*args, **kwargs)
+
+            def leave(*_: Any) -> None:
+                hooks.after(path)
+
+            part.forward = forward
+            part.register_forward_hook(leave)
+
+        for path, part in module.named_modules():
+            watch(path, part)
+        apply_group_offloading(
+            module,
+            onload_device=torch.device("cuda", 0),
+            offload_type=placement.offload_type,
+            num_blocks_per_group=placement.num_blocks_per_group,
+            use_stream=placement.use_stream,
+            record_stream=placement.record_stream,
+            low_cpu_mem_usage=placement.low_cpu_mem_usage,
+            block_modules=list(placement.block_modules) or None,
+        )
+        call = module.decode if build is tiny_vae else module
+        for _ in range(3):
+            call(
+                **{
+                    name: torch.zeros(
+                        shape, dtype=torch.long if name == "input_ids" else None, device="cuda"
+                    )
+                    for name, shape in ZEROS[build].items()
+                }
+            )
+        assert bytes_on_gpu(module) == sum(hooks.groups[i].num_bytes for i in hooks.loaded)
+    assert max(on_gpu for _, on_gpu, _ in seen) > 0
+    assert [call for call in seen if call[1] != call[2]] == []
+
+
+def move_weightless(module: Any, machine: Any) -> None:
+    """Replace the weights by virtual ones in host memory, whose values nobody knows."""
+    import torch
+
+    from pipefit.planner.virtual import buffer_of
+    from pipefit.strategies.live import tensor_slots
+
+    made: dict[int, Any] = {}
+    for slots, key in tensor_slots(module):
+        tensor = slots[key]
+        if id(tensor) not in made:
+            # The pair keeps the tensor alive, so that its id stays its own.
+            made[id(tensor)] = (machine.parameter(tensor, torch.device("cpu")), tensor)
+            buffer_of(made[id(tensor)][0]).value = None
+        slots[key] = made[id(tensor)][0]
+
+
+def bytes_on_gpu(module: Any) -> int:
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 @pytest.mark.parametrize("build", [tiny_flux, tiny_unet, tiny_vae, tiny_wan])

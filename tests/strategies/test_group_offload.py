@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,22 +79,93 @@ def test_autoencoders_go_without_streams_and_some_classes_not_at_all(
 
 
 @pytest.mark.parametrize(
-    ("build", "blocks"),
+    ("build", "blocks", "streams_blocks"),
     [
-        (t5, ["encoder"]),
-        (lambda: clip(transformers.CLIPTextModel), ["encoder"]),
-        (lambda: clip(transformers.CLIPTextModelWithProjection), ["text_model", "encoder"]),
+        (t5, ["encoder"], False),
+        (lambda: clip(transformers.CLIPTextModel), ["encoder"], True),
+        (lambda: clip(transformers.CLIPTextModelWithProjection), ["text_model", "encoder"], False),
     ],
 )
-def test_text_encoders_name_the_way_to_their_blocks(build: Any, blocks: list[str]) -> None:
+def test_text_encoders_name_the_way_to_their_blocks(
+    build: Any, blocks: list[str], streams_blocks: bool
+) -> None:
     module = on_meta(build)
     assert described(module).traits["block_modules"] == blocks
+    by_leaf, by_block = ("leaf_level", True), ("block_level", True)
     assert offered(module) == [
         ("leaf_level", False),
         ("block_level", False),
-        ("leaf_level", True),
-        ("leaf_level", True),
+        *((by_leaf, by_block) * 2 if streams_blocks else (by_leaf, by_leaf)),
     ]
+
+
+def test_blocks_within_blocks_are_refused_a_stream_and_would_fail() -> None:
+    from pipefit.planner.virtual import Observer, VirtualMachine
+
+    parameters = {
+        "num_blocks_per_group": 1,
+        "block_modules": ("encoder",),
+        "use_stream": True,
+        "low_cpu_mem_usage": True,  # without a GPU nothing can be page-locked
+    }
+    module = t5()
+    assert "nested blocks" in str(GROUP.refusal(described(module), parameters))
+    pipe = SimpleNamespace(text_encoder=module)
+    with VirtualMachine(Observer()), pytest.raises(ValueError, match="already exists"):
+        GROUP.apply(pipe, "text_encoder", parameters, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_decoder_may_be_streamed_unless_pipelines_cast_it(dtype: torch.dtype) -> None:
+    module = on_meta(diffusers.AutoencoderKL).to(dtype)
+    refused = GROUP.refusal(described(module), {"offload_type": "leaf_level", "use_stream": True})
+    assert bool(refused) == (dtype == torch.float16)
+
+
+def flux() -> Any:
+    return diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), in_channels=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_weights_come_back_from_the_disk_and_leave_nothing_there(
+    offload_type: str, tmp_path: Path
+) -> None:
+    module = flux()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    pipe = SimpleNamespace(transformer=module, other=flux())
+    undos = [
+        GROUP.apply(
+            pipe,
+            name,
+            {
+                "offload_type": offload_type,
+                "num_blocks_per_group": 1,
+                "offload_to_disk_path": str(tmp_path),
+            },
+            "cpu",
+        )
+        for name in ("transformer", "other")
+    ]
+    assert len(list(tmp_path.iterdir())) == 2
+    for undo in undos:
+        undo()
+    assert list(tmp_path.iterdir()) == []
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_tied_weights_are_refused_on_the_disk_and_would_be_lost(tmp_path: Path) -> None:
+    parameters = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+    module = t5().eval()
+    assert "tied" in str(GROUP.refusal(described(module), parameters))
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        expected = module(ids)[0]
+        GROUP.apply(SimpleNamespace(text_encoder=module), "text_encoder", parameters, "cpu")
+        assert not torch.equal(module(ids)[0], expected)
 
 
 def test_block_modules_divide_a_text_encoder_into_its_blocks() -> None:
