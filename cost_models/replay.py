@@ -153,9 +153,10 @@ class Replay:
         if is_loaded:
             self._load(component, self._tensor_bytes[component])
         outside = [blocks.pop(n) for n in freed]
-        results = self._call(index, component, below, outside, is_entered=True)
         # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
-        for block in outside[self.workload.routines[index].num_outside :]:
+        num_given = self.workload.routines[index].num_outside
+        results = self._call(index, component, below, outside[:num_given], is_entered=True)
+        for block in outside[num_given:]:
             self._free(block)
         for number, block in zip(returned, results, strict=False):
             self._carry(blocks, number, block)

@@ -283,6 +283,24 @@ def test_a_variant_may_free_and_return_less_than_the_call_it_replaces() -> None:
     assert phase.allocated_bytes == KIB + 8 * KIB
 
 
+def test_a_variant_that_frees_less_may_be_called_over_and_over() -> None:
+    """What the plain call frees is freed once, also where calls have settled."""
+    steps = 10
+    call = [("a", 0, 4 * KIB), ("c", 0, "/vae", (1,), (0,)), ("f", 1)]
+    found = workload(
+        [linear_stack("vae", [KIB])],
+        [
+            routine(("x", 0), ("a", 0, KIB), returns=(0,), num_outside=1),
+            routine(("a", 0, KIB), returns=(0,)),
+        ],
+        call * steps,
+        [("vae", "forward", steps)],
+        variants={"vae|lean": {0: 1}},
+    )
+    (phase,) = simulate(found, {"vae": Choice(placement=RESIDENT, variant="vae|lean")}, GPU)
+    assert phase.allocated_bytes == KIB + 4 * KIB + KIB
+
+
 def test_weights_that_the_pipeline_upcasts_are_weights() -> None:
     found = text_to_image()
     place = len(found.root) - 1
