@@ -21,6 +21,7 @@ from pipefit.cost_models.placement import (
     SequentialOffload,
 )
 from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.replay import SMALLEST_SETTLED_EVENTS
 from pipefit.cost_models.residency import offload_groups
 from pipefit.cost_models.units import GIB, KIB, MIB
 from pipefit.cost_models.workload import Event, Kernel, Routine, Workload
@@ -287,11 +288,12 @@ def test_a_variant_that_frees_less_may_be_called_over_and_over() -> None:
     """What the plain call frees is freed once, also where calls have settled."""
     steps = 10
     call = [("a", 0, 4 * KIB), ("c", 0, "/vae", (1,), (0,)), ("f", 1)]
+    inner = [("a", 1, KIB), ("f", 1)] * SMALLEST_SETTLED_EVENTS
     found = workload(
         [linear_stack("vae", [KIB])],
         [
             routine(("x", 0), ("a", 0, KIB), returns=(0,), num_outside=1),
-            routine(("a", 0, KIB), returns=(0,)),
+            routine(*inner, ("a", 0, KIB), returns=(0,)),
         ],
         call * steps,
         [("vae", "forward", steps)],
