@@ -105,7 +105,8 @@ class MemoryModel:
             for component in workload.components
         }
         self._residency = model_offload_residency(workload)
-        self._calls = _distinct_calls(workload, self.timeline, cublas_bytes(gpu))
+        cublas = cublas_bytes(gpu, workload.versions.get("torch", ""))
+        self._calls = _distinct_calls(workload, self.timeline, cublas)
         self.carried_bytes = tuple(max(call.live_bytes for call in calls) for calls in self._calls)
         """What the pipeline itself holds in each phase at the most, cuBLAS's workspace included."""
         self._added_bytes = [

@@ -98,7 +98,7 @@ class Replay:
         self.peak_reserved_bytes = [0] * len(workload.phases)
         self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]
         self._is_gemm = [kernel.kind == "gemm" for kernel in workload.kernels]
-        self._cublas_bytes = cublas_bytes(gpu)
+        self._cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
         self._has_cublas = False
         self._weight_bytes = self._workspace_bytes = self._carried_bytes = 0
         self._peak = Moment(0, 0, 0, 0)

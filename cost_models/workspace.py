@@ -33,6 +33,7 @@ those of few channels are charged like dense ones, which may be too much: see ``
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from pipefit.cost_models.machine import Gpu
@@ -48,7 +49,13 @@ stream on which only copies run has none. Source: ``parseChosenWorkspaceSize`` a
 """
 
 CUBLAS_LARGE_BYTES = 32 * MIB
-"""The same from compute capability 9.0 on (same source; before torch 2.11 on 9.0 only)."""
+"""The same from compute capability 9.0 on (same source)."""
+
+FIRST_LARGE_ON_BLACKWELL = (2, 11)
+"""torch before this takes :data:`CUBLAS_LARGE_BYTES` on compute capability 9.0 only.
+
+Source: pytorch/pytorch#175344, opened and merged in February 2026.
+"""
 
 INT32_INDEXED_ELEMENTS = 1 << 31
 """Above this many elements a 16-bit convolution runs in an engine without conversions.
@@ -117,12 +124,24 @@ def scratch_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
     return ()
 
 
-def cublas_bytes(gpu: Gpu) -> int:
-    """Return the workspace that the first GEMM takes for the rest of the process."""
+def cublas_bytes(gpu: Gpu, torch_version: str = "") -> int:
+    """Return the workspace that the first GEMM takes for the rest of the process.
+
+    *torch_version* is torch's own word, ``2.13.0+cu130``; empty: one that pipefit is made for.
+
+    >>> from pipefit.cost_models.machine import Gpu
+    >>> card = Gpu(name="any", compute_capability=(12, 0), total_bytes=1, free_bytes=1)
+    >>> cublas_bytes(card) // MIB, cublas_bytes(card, "2.9.1+cu130") // MIB
+    (32, 8)
+    """
     if gpu.architecture == "cpu":
         return 0
     capability = _capability(gpu)
-    return CUBLAS_LARGE_BYTES if capability is None or capability >= (9, 0) else CUBLAS_BYTES
+    if capability is None or capability == (9, 0):
+        return CUBLAS_LARGE_BYTES
+    number = re.match(r"(\d+)\.(\d+)", torch_version)
+    is_old = number is not None and tuple(map(int, number.groups())) < FIRST_LARGE_ON_BLACKWELL
+    return CUBLAS_BYTES if capability < (9, 0) or is_old else CUBLAS_LARGE_BYTES
 
 
 def _capability(gpu: Gpu) -> tuple[int, int] | None:

@@ -175,3 +175,11 @@ def test_other_kernels_and_the_cpu_need_none() -> None:
 def test_cublas_takes_more_from_hopper_on() -> None:
     assert cublas_bytes(A100) == cublas_bytes(T4) == 8_519_680
     assert cublas_bytes(H100) == cublas_bytes(gpu(None)) == 32 * MIB
+
+
+def test_older_versions_of_torch_give_blackwell_what_ampere_has() -> None:
+    blackwell = gpu((12, 0), "blackwell")
+    assert cublas_bytes(blackwell) == cublas_bytes(blackwell, "2.13.0+cu130") == 32 * MIB
+    assert cublas_bytes(blackwell, "2.9.1+cu130") == 8_519_680
+    assert cublas_bytes(H100, "2.5.0.dev20240901") == 32 * MIB
+    assert cublas_bytes(A100, "2.13.0") == 8_519_680
