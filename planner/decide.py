@@ -300,6 +300,9 @@ def _next_gain(
 def _reason(option: Option, best: Configuration) -> str:
     """Say what *option* buys, against the same configuration without it."""
     kind = strategy(option.strategy).kind
+    if kind == "load" and option.strategy != "precision":
+        stored_bytes = best.pricing.workload.component(str(option.component)).weight_bytes
+        return f"Asked for: {option.component} weighs {format_bytes(stored_bytes)} this way."
     if kind == "load":
         return f"Halves what {option.component} weighs and moves."
     if kind == "pipeline_placement":

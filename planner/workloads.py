@@ -66,8 +66,12 @@ def observe(
     found = []
     for options in [asked, (*offered, *asked)] if offered else [asked]:
         workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
-        # A plan belongs to the pipeline as the user has it, before the cast.
-        workload = replace(workload, fingerprint=plain.fingerprint)
+        workload = replace(
+            workload,
+            # A plan belongs to the pipeline as the user has it, before the cast.
+            fingerprint=plain.fingerprint,
+            assumptions=(*workload.assumptions, *_notes(options, plain, workload)),
+        )
         found.append(Observed(workload=workload, load_options=options))
     return found
 
@@ -87,6 +91,17 @@ def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
                 if not refusal and not _is_so_already(named[name], option):
                     found.append(replace(option, component=name))
     return tuple(found)
+
+
+def _notes(options: Sequence[Option], plain: Workload, workload: Workload) -> tuple[str, ...]:
+    """Return what predictions of the *workload* that *options* made of *plain* leave out."""
+    notes = (
+        one.note(option.parameters, plain.component(name), workload.component(name))
+        for option in options
+        if isinstance(one := strategy(option.strategy), Imitated)
+        and (name := str(option.component))
+    )
+    return tuple(note for note in notes if note)
 
 
 def _is_so_already(component: Component, option: Option) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.strategies.live import device_restorer, hook_restorer
 from pipefit.strategies.parameters import unknown_parameter
@@ -104,6 +105,19 @@ class LayerwiseCasting:
                 # The dtype that diffusers' models say they have is that of such a hook.
                 top = HookRegistry.check_if_exists_or_initialize(module)
                 top.hooks.setdefault("layerwise_casting", hook)
+
+    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
+        """The RAM in which the originals wait."""
+        stored = {tensor.path: tensor.dtype for tensor in after.tensors}
+        held_bytes = sum(
+            tensor.num_bytes
+            for tensor in before.tensors
+            if tensor.tied_to is None and stored.get(tensor.path) != tensor.dtype
+        )
+        return (
+            f"Until it is undone, layerwise_casting holds {format_bytes(held_bytes)} of original "
+            f"weights of {before.name} in RAM, which is not counted."
+        )
 
 
 def _castable(module: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from pipefit.cost_models.storage import (
     stored_bits,
     stored_weight,
 )
+from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import UnsupportedPipeline
 from pipefit.strategies.parameters import not_a_flag, unknown_parameter
@@ -159,6 +160,19 @@ class Quantization:
                 stored = _stored(child, type_, parameters)
                 if stored:
                     part._modules[name] = QuantizedLinear(child, stored, backend, type_)
+
+    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
+        """Where loading needs more than running: bitsandbytes quantises on the GPU.
+
+        Without a device map diffusers loads such a component onto the GPU, whatever is offloaded
+        afterwards (``update_device_map`` in quantizers/bitsandbytes/bnb_quantizer.py, 0.42.1).
+        """
+        if parameters["backend"] != "bitsandbytes":
+            return ""
+        return (
+            f"bitsandbytes loads {after.name} onto the GPU, {format_bytes(after.weight_bytes)} "
+            "that stay there until an offload takes them away; the peak of loading is not counted."
+        )
 
 
 def _type(parameters: Mapping[str, Any]) -> str:

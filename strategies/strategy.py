@@ -101,3 +101,7 @@ class Imitated(Protocol):
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
         """Give the twin's component the tensors, and each call the allocations, that it causes."""
         ...
+
+    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
+        """Say what the prediction of this component leaves out; empty if nothing."""
+        ...
