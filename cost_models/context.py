@@ -48,6 +48,12 @@ BASE_BYTES = 50 * MIB
 BYTES_PER_THREAD = 2_184
 """What it takes for each thread that can be resident on the GPU (table above)."""
 
+BARE_BASE_BYTES = 23 * MIB
+"""The same as :data:`BASE_BYTES` before the first kernel is launched (docstring)."""
+
+BARE_BYTES_PER_THREAD = 1_925
+"""The same as :data:`BYTES_PER_THREAD` before the first kernel is launched (docstring)."""
+
 DEFAULT_CONTEXT_BYTES = 666 * MIB
 """Charged where the GPU's size is not known: as much as the rule gives the largest GPUs that are
 in use (RTX PRO 6000 Blackwell, 188 multiprocessors: 650 MiB)."""
@@ -87,5 +93,19 @@ def context_bytes(gpu: Gpu) -> int:
         return gpu.context_bytes
     if gpu.architecture == "cpu":
         return 0
-    threads = THREADS_PER_SM.get(gpu.compute_capability or (0, 0), 0) * (gpu.num_sms or 0)
+    threads = _num_threads(gpu)
     return BASE_BYTES + BYTES_PER_THREAD * threads if threads else DEFAULT_CONTEXT_BYTES
+
+
+def bare_context_bytes(gpu: Gpu) -> int:
+    """Return what a process holds on *gpu* before it launches a kernel; nothing if that is unknown.
+
+    Some measurements subtract it as what was in use before.
+    """
+    threads = _num_threads(gpu)
+    return BARE_BASE_BYTES + BARE_BYTES_PER_THREAD * threads if threads else 0
+
+
+def _num_threads(gpu: Gpu) -> int:
+    """Return how many threads can be resident on *gpu*; 0 where that is not known."""
+    return THREADS_PER_SM.get(gpu.compute_capability or (0, 0), 0) * (gpu.num_sms or 0)
