@@ -35,7 +35,6 @@ PIPELINES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("z-image-turbo", {}),
     ("auraflow-v0.3", {}),
     ("flux.1-dev", {}),
-    ("kolors", {}),
     ("sdxl-controlnet-canny", {}),
     ("qwen-image", {}),
 )

@@ -89,13 +89,13 @@ class CudaCounter:
         self._handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
         self._before_bytes = self._used_bytes()
         torch.cuda.init()
-        torch.cuda.set_device(self.device)
         uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}".replace("GPU-GPU", "GPU")
         if pynvml.nvmlDeviceGetUUID(self._handle) != uuid:
             # torch counts visible devices, NVML all of them; an MIG slice has no handle this way.
             with contextlib.suppress(pynvml.NVMLError):
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
                 self._before_bytes = self._used_bytes()
+        torch.cuda.set_device(self.device)  # makes the context, from CUDA 12 on
 
     def read(self) -> Reading:
         stats = torch.cuda.memory_stats(self.device)
@@ -135,9 +135,10 @@ class CudaCounter:
 
     @contextlib.contextmanager
     def held_to(self, reserved_bytes: int | None) -> Iterator[None]:
-        total_bytes = torch.cuda.get_device_properties(self.device).total_memory
-        budget_bytes = total_bytes if reserved_bytes is None else reserved_bytes
-        lift = hold_to_budget(self.device, budget_bytes=budget_bytes, context_bytes=0)
+        if reserved_bytes is None:
+            yield
+            return
+        lift = hold_to_budget(self.device, budget_bytes=reserved_bytes, context_bytes=0)
         try:
             yield
         finally:
@@ -147,7 +148,9 @@ class CudaCounter:
     def history(self) -> Iterator[list[Event]]:
         events: list[Event] = []
         memory = torch.cuda.memory
-        memory._record_memory_history("all", context=None, max_entries=HISTORY_ENTRIES)
+        memory._record_memory_history(
+            "all", context=None, stacks="python", max_entries=HISTORY_ENTRIES
+        )
         try:
             yield events
         finally:
@@ -254,7 +257,8 @@ class TensorCounter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def held_to(self, reserved_bytes: int | None) -> Iterator[None]:
-        self.release()
+        if reserved_bytes is not None:
+            self.release()
         self._limit_bytes = self._allocator.capacity_bytes = reserved_bytes
         try:
             yield

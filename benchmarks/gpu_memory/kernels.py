@@ -93,8 +93,7 @@ def _conv(p: Parameters) -> tuple[torch.nn.Module, MakeInputs]:
     )
     words = p["layout"].split()
     if words[-1] == "channels_last" and words[0] != "input":
-        with contextlib.suppress(RuntimeError):  # one dimension has no such layout
-            conv.to(memory_format=_layout("channels_last", num_dims + 2))
+        conv.to(memory_format=_layout("channels_last", num_dims + 2))
     input_layout = "contiguous" if words[0] == "weight" else words[-1]
     size = (p["batch"], p["channels"][0], *p["size"])
     return conv, lambda device: (_zeros(size, _dtype(p), device, input_layout),)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import gc
 import math
+import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.gpu_memory.counters import Counter
@@ -149,10 +149,14 @@ def _data(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:
-    """Return zeros on the host whose pages stay untouched until someone writes them (calloc)."""
-    storage = np.zeros(max(1, tensor.numel() * tensor.element_size()), dtype=np.uint8)
-    flat = torch.from_numpy(storage)[: tensor.numel() * tensor.element_size()]
-    return flat.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+    """Return zeros on the host in pages of their own, which take no RAM until they are written."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    if not num_bytes:
+        return torch.zeros_like(tensor, device="cpu")
+    # Not calloc, which clears what it takes from memory that was freed before.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flat = torch.frombuffer(pages, dtype=tensor.dtype)
+    return flat.as_strided(tensor.size(), tensor.stride())
 
 
 # -- what is measured

@@ -32,7 +32,7 @@ PREPARE_LIMIT_S = 120.0
 """After this a process that is still preparing is given up; a cold trace takes up to 6 s of one
 core (benchmarks/results/trace_speed_2core_2026-11.md), imports as much again."""
 
-LEAST_LIMIT_S = 30.0
+LEAST_LIMIT_S = 60.0
 """What a row may take at least, however short it was expected to be."""
 
 LIMIT_FACTOR = 4.0
@@ -56,7 +56,7 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self._by_key: dict[str, dict[str, Any]] = {}
         kept = []
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         for line in lines:
@@ -65,18 +65,23 @@ class RowFile:
             except ValueError:
                 continue  # cut off while it was written
             if line.endswith("\n"):
-                self.rows.append(row)
+                self._by_key[row["key"]] = row
                 kept.append(line)
         if len(kept) < len(lines):
             path.write_text("".join(kept), "utf-8")
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a key, the latest."""
+        return list(self._by_key.values())
+
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row; a later row of a key replaces the earlier."""
+        """Append one row; it replaces an earlier one of its key."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows = [old for old in self.rows if old["key"] != row["key"]] + [dict(row)]
+        self._by_key[row["key"]] = dict(row)
 
 
 class Worker:
