@@ -32,12 +32,16 @@ from benchmarks.published.records import (
     explanation,
     is_compiled_where_it_peaks,
     load,
+    outside_bytes,
+    phases_of,
     setup_of,
     subject_of,
     usable,
     weights_are_published,
 )
+from pipefit.cost_models.prediction import PhasePrediction
 from pipefit.cost_models.units import GIB
+from pipefit.planner.catalog import find_gpu, reference_machine
 
 Result = TypeVar("Result")
 
@@ -52,17 +56,23 @@ KINDS: tuple[Kind, ...] = ("allocated", "reserved", "process")
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What pipefit says about one setup, in bytes."""
+    """What pipefit says about one setup."""
 
-    allocated_bytes: int
-    reserved_bytes: int
-    process_bytes: int
-    weights_bytes: int
-    """On the GPU where that is most."""
-    first_weights_bytes: int
-    """On the GPU in the first phase: what a resident pipeline holds after it was loaded."""
+    phases: tuple[PhasePrediction, ...]
     host_ram_bytes: int
-    peak_phase: str
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Weights on the GPU in the first phase: what a resident pipeline holds once loaded."""
+        return self.phases[0].weights_bytes
+
+    def peak(self, kind: Kind, counts: Callable[[str], bool] = lambda phase: True) -> int:
+        """Return the highest of the phases that count, in bytes."""
+        return max(getattr(p, f"{kind}_bytes") for p in self.phases if counts(p.name))
+
+    def peak_phase(self) -> str:
+        """Return the name of the phase in which most is allocated."""
+        return max(self.phases, key=lambda p: p.allocated_bytes).name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +108,6 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
     *subject* is what ``subject_of`` made of the setup, where that is at hand.
     """
     from pipefit import predict
-    from pipefit.planner.catalog import reference_machine
 
     subject = subject_of(setup) if subject is None else subject
     found = predict(
@@ -108,16 +117,7 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
         machine=reference_machine([setup.gpu]),
         dtype=setup.dtype if isinstance(subject, str) else None,
     )
-    (peak,) = found.peak_vram
-    return Predicted(
-        allocated_bytes=peak.allocated_bytes,
-        reserved_bytes=peak.reserved_bytes,
-        process_bytes=peak.process_bytes,
-        weights_bytes=max(phase.weights_bytes for phase in found.phases),
-        first_weights_bytes=found.phases[0].weights_bytes,
-        host_ram_bytes=found.host_ram_bytes,
-        peak_phase=max(found.phases, key=lambda p: p.allocated_bytes).name,
-    )
+    return Predicted(phases=found.phases, host_ram_bytes=found.host_ram_bytes)
 
 
 def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
@@ -168,13 +168,13 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     if isinstance(setup, str) or isinstance(predicted, str) or predicted is None:
         reason = setup if isinstance(setup, str) else str(predicted)
         return Row(record=record, kind=kind, published_gib=published, note=reason)
-    num_bytes: int = getattr(predicted, f"{kind}_bytes")
-    if record["kind"].startswith("vae") and kind == "reserved":
-        num_bytes -= predicted.first_weights_bytes  # such records state the growth
+    num_bytes = predicted.peak(kind, phases_of(record))
+    if kind == "process":
+        num_bytes -= outside_bytes(record, find_gpu(setup.gpu))
     predicted_gib = num_bytes / GIB
     has_published_weights = weights_are_published(record) and bool(record["weights_gib"])
     if has_published_weights:
-        predicted_gib += record["weights_gib"] - predicted.first_weights_bytes / GIB
+        predicted_gib += record["weights_gib"] - predicted.loaded_bytes / GIB
     row = Row(
         record=record,
         kind=kind,
@@ -182,7 +182,7 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
         predicted_gib=predicted_gib,
         setup=setup,
         has_published_weights=has_published_weights,
-        is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase),
+        is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase()),
     )
     notes = [explanation(record)] if abs(row.error) > OUTLIER else []
     notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
@@ -269,7 +269,7 @@ def _allocated_by_rule(setup: Setup) -> dict[str, dict[str, int]]:
 
     def allocated_under(choice: held_out.Choice) -> int:
         with held_out.ruled_by(choice):
-            return predict_setup(setup, subject).allocated_bytes
+            return predict_setup(setup, subject).peak("allocated")
 
     with held_out.ruled_by({}) as met:
         predict_setup(setup, subject)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.published.older_versions import as_until_0_30
+from benchmarks.published.partial_calls import prompt_only, with_embeddings
 from pipefit.planner.build import build_pipeline, quietly
 
 IP_ADAPTER_TOKENS = 4
@@ -108,6 +109,8 @@ CHANGES: Mapping[str, Callable[[DiffusionPipeline], None]] = {
     "T5 wholly in 16 bits": t5_in_16_bits,
     "IP-Adapter": ip_adapter,
     "first UNet beside": first_unet_beside,
+    "prompt only": prompt_only,
+    "embeddings given": with_embeddings,
     "diffusers 0.30": as_until_0_30,
 }
 """By the name that tables show."""

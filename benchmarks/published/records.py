@@ -17,7 +17,9 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.published.changes import CHANGES
-from benchmarks.published.one_component import OneComponent
+from benchmarks.published.partial_calls import OneComponent
+from pipefit.cost_models.context import bare_context_bytes
+from pipefit.cost_models.machine import Gpu
 
 Record = Mapping[str, Any]
 
@@ -31,12 +33,12 @@ PIPELINES: Mapping[str, str] = {
     "CogVideoX-5b": "cogvideox-5b",
     "ERNIE-Image-Turbo": "ernie-image-turbo",
     "FLUX.1-dev": "flux.1-dev",
-    "Krea-2": "krea-2",
+    "Krea-2": "krea-2-turbo",
     "LTX-2.3": "ltx-2.3",
     "LTX-Video-0.9.7 13B": "ltx-video-0.9.7-13b",
     "Latte": "latte-1",
     "Qwen-Image VAE": "qwen-image",
-    "SD1.4": "stable-diffusion-v1-4",
+    "SD1.4": "stable-diffusion-v1-5",
     "SD1.5": "stable-diffusion-v1-5",
     "SD1.5 (DreamShaper)": "stable-diffusion-v1-5",
     "SD1.5 ControlNet": "sd15-controlnet-canny",
@@ -124,6 +126,8 @@ def setup_of(record: Record) -> Setup:
     _refuse_what_is_not_ours(record["levers"])
     dtype = _dtype(record)
     common: dict[str, Any] = {"pipeline": name, "gpu": _gpu(record), "dtype": dtype}
+    if record["pipeline_class"] == "LTX2Pipeline":
+        return Setup(**common, **_ltx2_stage(record), strategies=_strategies(record))
     if record["kind"] in COMPONENT_CALLS:
         component, call = COMPONENT_CALLS[record["kind"]](record, dtype or {})
         return Setup(
@@ -136,6 +140,20 @@ def setup_of(record: Record) -> Setup:
     return Setup(
         **common, call=_call(record), strategies=_strategies(record), changes=_changes(record)
     )
+
+
+def phases_of(record: Record) -> Callable[[str], bool]:
+    """Return which phases of the call the record's figure is of."""
+    if str(record["metric_scope"]).startswith("denoising"):
+        return lambda phase: phase != "decode"
+    return lambda phase: True
+
+
+def outside_bytes(record: Record, gpu: Gpu) -> int:
+    """Return what the record's process memory leaves out: what was in use before it started."""
+    if "baseline_subtracted" in (record["flags"] or ()):
+        return bare_context_bytes(gpu)
+    return 0
 
 
 def is_compiled_where_it_peaks(record: Record, phase: str) -> bool:
@@ -307,6 +325,27 @@ def _latent_channels(record: Record) -> tuple[int, ...]:
 
 def _vae_dtype(dtype: Mapping[str, str]) -> str:
     return dtype.get("vae", dtype.get("default", "bfloat16"))
+
+
+def _ltx2_stage(record: Record) -> dict[str, Any]:
+    """Return changes and call of one stage of the scripts in asomoza/diffusers-recipes, ltx2_3.
+
+    Prompts are encoded by a pipeline of their own; the others are given embeddings, (batch, tokens,
+    49 states of width 3840), and end at the latents. Without guidance nothing is run twice.
+    """
+    if record["kind"] == "component_forward":
+        return {"changes": ("prompt only",)}
+    embeddings = (BF16, (1, 1024, 188_160))
+    mask = ("int64", (1, 1024))
+    call = {**_call(record), "output_type": "latent"}
+    call |= {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+    if record["guidance_scale"] > 1:
+        call |= {"negative_prompt_embeds": embeddings, "negative_prompt_attention_mask": mask}
+    else:
+        call |= dict.fromkeys(("audio_guidance_scale", "modality_scale"), 1.0)
+        call |= dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
+        call["audio_modality_scale"] = 1.0
+    return {"changes": ("embeddings given",), "call": call}
 
 
 def _forward(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
