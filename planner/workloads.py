@@ -66,6 +66,7 @@ def observe(
     found = []
     for options in [asked, (*offered, *asked)] if offered else [asked]:
         workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
+        _check_offload(workload, options, policy)
         workload = replace(
             workload,
             # A plan belongs to the pipeline as the user has it, before the cast.
@@ -91,6 +92,16 @@ def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
                 if not refusal and not _is_so_already(named[name], option):
                     found.append(replace(option, component=name))
     return tuple(found)
+
+
+def _check_offload(workload: Workload, options: Sequence[Option], policy: Policy) -> None:
+    """Refuse an offload of the whole pipeline that weights stored by *options* do not survive."""
+    for asked in policy.required:
+        one = strategy(asked.strategy)
+        for option in options if one.kind == "pipeline_placement" else ():
+            refusal = one.refusal(workload.component(str(option.component)), asked.parameters)
+            if refusal:
+                raise InvalidRequest(f"Strategy {one.name} cannot be had: {refusal}")
 
 
 def _notes(options: Sequence[Option], plain: Workload, workload: Workload) -> tuple[str, ...]:

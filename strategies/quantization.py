@@ -79,10 +79,14 @@ class Quantization:
         return Quality.BALANCED if bits == 8 else Quality.LOW
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """Whether there is a linear layer to quantise."""
+        """Whether there is a linear layer to quantise, and which backend has done so."""
         from torch import nn
 
-        return {"has_linear": any(isinstance(part, nn.Linear) for part in module.modules())}
+        from pipefit.strategies.quantized_linear import QuantizedLinear
+
+        linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        backends = (part.backend for part in linear if isinstance(part, QuantizedLinear))
+        return {"has_linear": bool(linear), "quantized_by": next(backends, None)}
 
     def options(
         self, component: Component, workload: Workload, gpu: Gpu

@@ -27,6 +27,10 @@ from pipefit.strategies.live import (
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
 
+UNSUPPORTED_BACKENDS = {"bitsandbytes": 10800, "gguf": 14691, "quanto": 10526}
+"""Quantisation backends whose parameters accelerate rebuilds without what makes sense of them ->
+the diffusers issue."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequentialOffload:
@@ -58,6 +62,12 @@ class SequentialOffload:
             return (
                 f"{component.class_name} has a torch.nn.MultiheadAttention, which reads its output "
                 "projection without calling it, so the weights would not have been loaded."
+            )
+        backend = component.traits.get("quantized_by")
+        if backend in UNSUPPORTED_BACKENDS:
+            return (
+                f"{component.class_name} is quantised by {backend}, whose weights do not survive "
+                f"sequential offload (diffusers issue {UNSUPPORTED_BACKENDS[backend]})."
             )
         return unknown_parameter(self.name, parameters, ())
 

@@ -7,9 +7,16 @@ from typing import Any
 
 import diffusers
 import pytest
-from tests.small_pipelines import stable_diffusion
+from tests.small_pipelines import flux, small_call, stable_diffusion
 
-from pipefit.planner.workloads import _described, state_digest
+from pipefit.errors import InvalidRequest, UnknownName
+from pipefit.planner.policy import Policy, parse_strategy_spec
+from pipefit.planner.probe import cpu_machine
+from pipefit.planner.workloads import _described, observe, state_digest
+from pipefit.strategies import BUILT_IN
+from pipefit.strategies.strategy import Quality
+
+NAMES = [one.name for one in BUILT_IN]
 
 
 def _halve_the_default_size(pipe: Any) -> None:
@@ -50,3 +57,50 @@ def test_a_call_does_not_change_the_key() -> None:
 
 def test_arguments_inside_a_dictionary_are_told_apart() -> None:
     assert _described({"scale": 0.5}) != _described({"scale": 0.5, "gligen": [1, 2]})
+
+
+def _observed(*specs: str, quality: Quality = Quality.LOW) -> list[Any]:
+    """Observe a small pipeline on the CPU with *specs* required and nothing else chosen."""
+    gpu = cpu_machine().gpus[0]
+    required = tuple(
+        option for spec in specs for option in parse_strategy_spec(spec, strategies=NAMES)
+    )
+    policy = Policy(budget_bytes={gpu.index: gpu.total_bytes}, quality=quality, required=required)
+    return observe(flux(), small_call("flux"), gpu=gpu, policy=policy)
+
+
+def _dtypes(workload: Any, component: str) -> set[str]:
+    return {tensor.dtype for tensor in workload.component(component).tensors}
+
+
+def test_what_is_asked_of_the_load_is_in_every_workload() -> None:
+    seen = _observed("layerwise_casting@transformer", "quantization:backend=quanto,type=int8@vae")
+    assert [len(one.load_options) for one in seen] == [2, 6]  # and with the casts that are open
+    for one in seen:
+        assert "float8_e4m3fn" in _dtypes(one.workload, "transformer")
+        assert "int8" in _dtypes(one.workload, "vae")
+    plain = _observed(quality=Quality.EXACT)[0]
+    assert plain.load_options == ()
+    assert plain.workload.fingerprint == seen[0].workload.fingerprint
+    before, after = (one.workload.component("transformer") for one in (plain, seen[0]))
+    assert after.weight_bytes < before.weight_bytes
+    assert any(
+        "of original weights of transformer" in note for note in seen[0].workload.assumptions
+    )
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "says"),
+    [
+        (["layerwise_casting@transfomer"], UnknownName, "transformer"),
+        (["quantization:backend=gguf,type=Q8_0@text_encoder"], InvalidRequest, "GGUF file"),
+        (
+            ["quantization:backend=bitsandbytes,type=nf4@transformer", "sequential_offload"],
+            InvalidRequest,
+            "issue 10800",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_so_is_refused(specs: list[str], error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        _observed(*specs)
