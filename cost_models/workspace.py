@@ -151,6 +151,8 @@ def _capability(gpu: Gpu) -> tuple[int, int] | None:
 def _conv_scratch(kernel: Kernel, capability: tuple[int, int] | None) -> tuple[int, ...]:
     _, in_channels, _, groups, is_transposed, *sizes = kernel.shape
     input_copy = 0 if kernel.contiguous_input else kernel.input_bytes
+    needs_weight = kernel.channels_last and not kernel.weight_channels_last
+    weight_copy = kernel.weight_bytes if needs_weight else 0
     has_tensor_cores = capability is None or capability >= _TENSOR_CORE_CAPABILITY
     is_depthwise = groups == in_channels > 1 and not is_transposed
     if is_depthwise and not (
@@ -159,13 +161,11 @@ def _conv_scratch(kernel: Kernel, capability: tuple[int, int] | None) -> tuple[i
         and len(sizes) <= 3 * 2
         and not kernel.channels_last
     ):
-        weight_copy = kernel.channels_last and not kernel.weight_channels_last
-        return input_copy, weight_copy * kernel.weight_bytes
+        return input_copy, weight_copy
     if kernel.dtype == "bfloat16" and not has_tensor_cores:
         return input_copy, *_column_scratch(kernel)
     is_16_bit = DTYPE_BYTES.get(kernel.dtype) == 2
     if kernel.channels_last and (is_16_bit or has_tensor_cores):
-        weight_copy = 0 if kernel.weight_channels_last else kernel.weight_bytes
         return input_copy, weight_copy
     if is_16_bit and max(kernel.input_bytes, kernel.output_bytes) > 2 * INT32_INDEXED_ELEMENTS:
         return (input_copy,)
