@@ -22,10 +22,6 @@ from itertools import chain, pairwise
 
 from pipefit.cost_models.placement import (
     GroupOffload,
-    ModelOffload,
-    Placement,
-    Resident,
-    SequentialOffload,
 )
 from pipefit.cost_models.workload import Component, TensorInfo, Workload
 
@@ -86,14 +82,6 @@ class Groups:
     def all(self) -> tuple[Group, ...]:
         """Unmatched groups first."""
         return self.unmatched + self.groups
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostBytes:
-    """What a component's weights take in RAM while the pipeline runs."""
-
-    pageable_bytes: int = 0
-    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,23 +218,6 @@ def sequential_resident_bytes(component: Component) -> tuple[int, ...]:
     if _offloads_buffers(component):
         return ()
     return tuple(_storages(tensor for tensor in component.tensors if tensor.is_buffer))
-
-
-def host_bytes(component: Component, placement: Placement) -> HostBytes:
-    """Return the RAM that the weights of *component* take while it is away from the GPU.
-
-    Pinned tensors are rounded up to powers of two each, as torch's caching host allocator does by
-    default (``c10`` ``CachingHostAllocator.h``, ``pinned_max_round_threshold_mb`` unset).
-    """
-    if isinstance(placement, Resident):
-        return HostBytes()
-    if isinstance(placement, ModelOffload | SequentialOffload) or not placement.use_stream:
-        return HostBytes(pageable_bytes=component.weight_bytes)
-    groups = offload_groups(component, placement)
-    pinned = [sum(map(_power_of_two, g.tensor_bytes)) for g in groups.groups]
-    if placement.low_cpu_mem_usage:
-        return HostBytes(pageable_bytes=component.weight_bytes, pinned_bytes=max(pinned, default=0))
-    return HostBytes(pageable_bytes=groups.unmatched_bytes, pinned_bytes=sum(pinned))
 
 
 def model_offload_residency(workload: Workload) -> Residency:
@@ -436,7 +407,3 @@ def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
 
 def _offloads_buffers(component: Component) -> bool:
     return any("." not in t.path and not t.is_buffer for t in component.tensors)
-
-
-def _power_of_two(num_bytes: int) -> int:
-    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0

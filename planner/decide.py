@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pipefit.cost_models.host_memory import PROCESS_BYTES
 from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
@@ -183,7 +184,8 @@ def limits_of(policy: Policy, machine: Machine, device: int, extra_ram_bytes: in
     host = machine.host
     ram_bytes = host.available_bytes + extra_ram_bytes
     if policy.ram_bytes is not None:
-        ram_bytes = min(policy.ram_bytes, host.total_bytes)
+        # A budget holds the process as well; what is available has it taken off already.
+        ram_bytes = max(0, min(policy.ram_bytes, host.total_bytes) - PROCESS_BYTES)
     return Limits(
         budget_bytes=policy.budget_bytes[device],
         ram_bytes=ram_bytes,
@@ -219,8 +221,10 @@ def _nothing_fits(
         roomy = _would_fit_with_more_ram(candidates, limits)
         more_ram = ""
         if roomy is not None:
-            asked += f" with {format_bytes(limits.ram_bytes or 0)} of RAM"
-            more_ram = f"have {_rounded_up(roomy.selection.host_bytes)} of RAM, "
+            process_bytes = PROCESS_BYTES if policy.ram_bytes is not None else 0
+            asked += f" with {format_bytes((limits.ram_bytes or 0) + process_bytes)} of RAM"
+            needed_bytes = roomy.selection.host_bytes + process_bytes
+            more_ram = f"have {_rounded_up(needed_bytes)} of RAM, "
         message = (
             f"{asked}: the smallest budget that works is {works or 'none'}; {more_ram}raise the "
             "budget, or lower the resolution, frames or batch."

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import Attention, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
@@ -24,7 +25,8 @@ from pipefit.cost_models.prediction import (
     PhasePrediction,
     Prediction,
 )
-from pipefit.cost_models.residency import host_bytes, model_offload_residency
+from pipefit.cost_models.residency import model_offload_residency
+from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
@@ -355,16 +357,12 @@ class Pricing:
                     process_bytes=peak.process_bytes,
                 )
             )
-        host = [
-            host_bytes(self.workload.component(name), pick.choice.placement)
-            for name, pick in picks.items()
-            if pick is not None
-        ]
-        unused = [
-            self.workload.component(name).weight_bytes
-            for name, pick in picks.items()
-            if pick is None
-        ]
+        host = host_peak(
+            self.workload.components,
+            {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
+            [phase.component for phase in self.workload.phases],
+            stored_bytes=self._stored_bytes(),
+        )
         worst = max(peaks, key=lambda p: p.promised_bytes)
         process_bytes = max(p.process_bytes for p in peaks)
         return Prediction(
@@ -380,11 +378,22 @@ class Pricing:
             ),
             phases=tuple(phases),
             latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
-            host_ram_bytes=sum(h.pageable_bytes + h.pinned_bytes for h in host) + sum(unused),
-            pinned_bytes=sum(h.pinned_bytes for h in host),
+            host_ram_bytes=host.peak_bytes,
+            pinned_bytes=host.pinned_bytes,
             disk_bytes=0,
-            assumptions=self.workload.assumptions,
+            assumptions=(*self.workload.assumptions, *_host_notes(host)),
         )
+
+    def _stored_bytes(self) -> dict[str, int]:
+        """Return what lies on disk for the components that are cast to 16 bits after it is read."""
+        return {
+            component.name: 2 * component.weight_bytes
+            for component in self.workload.components
+            if any(
+                o.strategy == "precision" and o.component == component.name
+                for o in self.load_options
+            )
+        }
 
     def picks(self, selection: Selection) -> dict[str, Pick | None]:
         """Return what the selection chose for each component; None where it is not called."""
@@ -420,6 +429,15 @@ class Pricing:
                 attention=attention_of(parts),
             )
         return picks
+
+
+def _host_notes(host: HostPeak) -> tuple[str, ...]:
+    if host.load_bytes <= host.call_bytes:
+        return ()
+    return (
+        "Host RAM peaks while the pipeline loads, with the weight files that are read, whose pages "
+        f"the kernel drops when RAM is short; calls take {format_bytes(host.call_bytes)}.",
+    )
 
 
 def attention_of(parts: Parts) -> Attention:

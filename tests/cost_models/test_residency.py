@@ -12,15 +12,11 @@ from tests.cost_models.workloads import component_of, linear_stack, tensor, work
 
 from pipefit.cost_models.placement import (
     GroupOffload,
-    ModelOffload,
-    Resident,
-    SequentialOffload,
 )
 from pipefit.cost_models.residency import (
     DECLARED_BLOCKS,
     GroupHooks,
     OffloadChain,
-    host_bytes,
     load_order,
     model_offload_residency,
     offload_groups,
@@ -419,19 +415,3 @@ def test_absent_members_are_skipped_in_the_chain() -> None:
     chain.call("a")
     assert chain.call("b") == ((), False)
     assert chain.call("c") == (("a",), True)
-
-
-def test_host_memory_follows_the_placement() -> None:
-    stack = linear_stack("any", [1000, 1025, 4096], top_bytes=300)
-    total = 1000 + 1025 + 4096 + 300
-
-    def host(placement: Any) -> tuple[int, int]:
-        found = host_bytes(stack, placement)
-        return found.pageable_bytes, found.pinned_bytes
-
-    streamed = GroupOffload(offload_type="block_level", num_blocks_per_group=1, use_stream=True)
-    lean = GroupOffload(offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True)
-    assert host(Resident()) == (0, 0)
-    assert host(ModelOffload()) == host(SequentialOffload()) == host(BLOCKS_1) == (total, 0)
-    assert host(streamed) == (300, 1024 + 2048 + 4096)
-    assert host(lean) == (total, 4096)

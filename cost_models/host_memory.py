@@ -1,0 +1,249 @@
+"""RAM of the process: what the weights take while it loads, gets ready and runs.
+
+resident set = process + anonymous copies + pinned copies + pages of the files being read
+
+Weights in safetensors files are mapped, not read: loaded in the dtype that is stored, a component
+takes nothing until something reads it, and then pages of its file, which stay until the last tensor
+of that file is replaced. What makes RAM of its own is a cast while loading, a round trip to the GPU
+(``.to("cpu")`` allocates anew) and pinning. Easily overlooked: pages of a file count in the
+resident set, but the kernel takes them back before it runs out; so :func:`host_bytes`, which a RAM
+budget is compared with, leaves them out, and :func:`host_peak`, which a monitor would show, counts
+them. Pictures and videos handed over at the end are not counted.
+
+Sources: ``load_model_dict_into_meta`` and ``_load_shard_file`` in diffusers 0.42.1,
+``hooks/group_offloading.py`` there, ``core_model_loading.py`` in transformers 5.23, safetensors
+0.8, ``ATen/core/CachingHostAllocator.h`` of torch 2.13; the loading rules were measured with them
+(``RssAnon`` and ``RssFile`` of a process: tests/cost_models/test_host_memory.py). Pinned memory is
+in the resident set, as shared: https://github.com/MakazhanAlpamys/Soup/issues/655.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Placement,
+    Resident,
+    SequentialOffload,
+)
+from pipefit.cost_models.residency import Group, offload_groups
+from pipefit.cost_models.units import GIB
+from pipefit.cost_models.workload import Component
+
+LOADING_PROCESS_BYTES = 1 * GIB
+"""Python, torch, diffusers and transformers with CUDA begun but hardly a kernel loaded.
+
+Two runs of Z-Image-Turbo on an RTX 5090 whose peak falls into loading leave 0.91 and 0.96 GiB
+beside the largest file (10.20 and 10.25 less 9.29;
+https://github.com/asomoza/diffusers-recipes, models/z-image/benchmark_results.csv at 46df7a9).
+"""
+
+PROCESS_BYTES = 2 * GIB
+"""The same once a pipeline has run: cuDNN, cuBLAS and kernels are loaded when first used.
+
+FLUX.1-dev resident: 1.84 (https://github.com/huggingface/diffusers/pull/11682); LTX-2.3 with all
+weights mapped: 2.30 to 2.43 without the libraries' own files
+(https://github.com/asomoza/diffusers-recipes, models/ltx2_3/scripts at cb6ed50c). Chosen between.
+"""
+
+FILE_BYTES: Mapping[str, int] = {"diffusers": 10 * 10**9}
+"""Largest weight file by library: default ``max_shard_size`` of ``ModelMixin.save_pretrained``."""
+
+OTHER_FILE_BYTES = 5 * 10**9
+"""The same for transformers up to version 4, which saved nearly all published text encoders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBytes:
+    """RAM that the kernel cannot take back."""
+
+    pageable_bytes: int = 0
+    pinned_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPeak:
+    """Largest resident set of the process, with what it shares and with pages of files."""
+
+    load_bytes: int
+    """Until the pipeline is ready: reading, casting, moving to the GPU, pinning."""
+    call_bytes: int
+    """From the first call on."""
+    pinned_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of the two."""
+        return max(self.load_bytes, self.call_bytes)
+
+
+def host_bytes(component: Component, placement: Placement) -> HostBytes:
+    """Return the RAM that the weights of *component* take while it is away from the GPU."""
+    if isinstance(placement, Resident):
+        return HostBytes()
+    if isinstance(placement, ModelOffload | SequentialOffload) or not placement.use_stream:
+        return HostBytes(pageable_bytes=component.weight_bytes)
+    groups = offload_groups(component, placement)
+    if placement.low_cpu_mem_usage:
+        return HostBytes(
+            pageable_bytes=component.weight_bytes,
+            pinned_bytes=_kept_bytes(_staging_blocks(groups.groups)),
+        )
+    return HostBytes(
+        pageable_bytes=groups.unmatched_bytes,
+        pinned_bytes=sum(map(pinned_bytes, _tensor_bytes(groups.groups))),
+    )
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """Return the block that torch's pinned allocator takes for one tensor: a power of two.
+
+    By default, that is with ``pinned_max_round_threshold_mb`` unset.
+
+    >>> pinned_bytes(0), pinned_bytes(1024), pinned_bytes(1025)
+    (0, 1024, 2048)
+    """
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+def host_peak(
+    components: Sequence[Component],
+    placements: Mapping[str, Placement],
+    called: Collection[str],
+    *,
+    stored_bytes: Mapping[str, int] | None = None,
+) -> HostPeak:
+    """Return the largest resident set while *components* are loaded, placed and called.
+
+    *components* are in the pipeline's order; those without a placement stay where they were loaded.
+    *called* names, in order, those that a call enters. *stored_bytes* is what lies on disk for
+    components that are cast while they are loaded, as float32 files to bfloat16.
+    """
+    stored = stored_bytes or {}
+    held: dict[str, int] = {}
+    load_bytes = call_bytes = 0
+
+    for component in components:
+        others_bytes = sum(held.values())
+        is_cast = component.name in stored
+        held[component.name] = component.weight_bytes if is_cast else 0
+        if is_cast:
+            peak_bytes = _cast_peak_bytes(component, stored[component.name])
+            load_bytes = max(load_bytes, others_bytes + peak_bytes)
+    for component in components:
+        placement = placements.get(component.name)
+        if placement is None:
+            continue
+        is_mapped = component.name not in stored
+        others_bytes = sum(held.values()) - held[component.name]
+        peak_bytes, held[component.name] = _placed(component, placement, is_mapped=is_mapped)
+        load_bytes = max(load_bytes, others_bytes + peak_bytes)
+
+    pinned: dict[str, int] = {}
+    staging: Counter[int] = Counter()
+    for component in components:
+        placement = placements.get(component.name)
+        if isinstance(placement, GroupOffload) and placement.use_stream:
+            if placement.low_cpu_mem_usage:
+                if component.name in called:
+                    staging |= _staging_blocks(offload_groups(component, placement).groups)
+            else:
+                pinned[component.name] = host_bytes(component, placement).pinned_bytes
+
+    for component in sorted(
+        (c for c in components if c.name in called),
+        key=lambda component: list(called).index(component.name),
+    ):
+        placement = placements.get(component.name)
+        if placement is None or isinstance(placement, Resident):
+            continue
+        others_bytes = sum(held.values()) - held[component.name]
+        is_mapped = component.name not in stored
+        resting = host_bytes(component, placement)
+        held[component.name] = resting.pageable_bytes + pinned.get(component.name, 0)
+        peak_bytes = held[component.name]
+        if is_mapped and isinstance(placement, GroupOffload) and not placement.use_stream:
+            peak_bytes = _replaced_bytes(_files(component, component.weight_bytes))
+        call_bytes = max(call_bytes, others_bytes + peak_bytes)
+    call_bytes = max(call_bytes, sum(held.values()))
+    return HostPeak(
+        load_bytes=LOADING_PROCESS_BYTES + load_bytes,
+        call_bytes=PROCESS_BYTES + call_bytes + _kept_bytes(staging),
+        pinned_bytes=sum(pinned.values()) + _kept_bytes(staging),
+    )
+
+
+def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> tuple[int, int]:
+    """Return the most that *component* takes while it is placed, and what it takes then."""
+    weight_bytes = component.weight_bytes
+    before_bytes = 0 if is_mapped else weight_bytes
+    if isinstance(placement, Resident):
+        # Each file's pages go with its last tensor.
+        pages_bytes = max(_files(component, weight_bytes), default=0)
+        return (pages_bytes if is_mapped else weight_bytes), 0
+    streams = isinstance(placement, GroupOffload) and placement.use_stream
+    if not isinstance(placement, GroupOffload) or not streams or placement.low_cpu_mem_usage:
+        return before_bytes, before_bytes
+    # What no group streams is neither read nor copied yet.
+    groups = offload_groups(component, placement)
+    copied_bytes = sum(map(pinned_bytes, _tensor_bytes(groups.groups)))
+    rest_bytes = 0 if is_mapped else groups.unmatched_bytes
+    # Blocks are all pinned before the first gives up what it was loaded as; leaves one by one, but
+    # norms come last, and while they are there, so are all pages of their file.
+    all_at_once = is_mapped or placement.offload_type == "block_level"
+    source_bytes = weight_bytes - groups.unmatched_bytes if all_at_once else 0
+    return max(before_bytes, copied_bytes + source_bytes + rest_bytes), copied_bytes + rest_bytes
+
+
+def _cast_peak_bytes(component: Component, stored_bytes: int) -> int:
+    """Return the most that loading with a cast takes: copies so far, and the files behind them.
+
+    diffusers opens one file after the other; transformers opens all and closes them at the end.
+    """
+    if component.library != "diffusers":
+        return component.weight_bytes + stored_bytes
+    peak_bytes = done_bytes = 0
+    for file_bytes in _files(component, stored_bytes):
+        done_bytes += file_bytes
+        copied_bytes = component.weight_bytes * done_bytes // stored_bytes
+        peak_bytes = max(peak_bytes, copied_bytes + file_bytes)
+    return peak_bytes
+
+
+def _files(component: Component, num_bytes: int) -> list[int]:
+    """Return the sizes of the files that *num_bytes* of *component* are cut into when saved."""
+    largest_bytes = FILE_BYTES.get(component.library, OTHER_FILE_BYTES)
+    whole, rest_bytes = divmod(num_bytes, largest_bytes)
+    return [largest_bytes] * whole + ([rest_bytes] if rest_bytes else [])
+
+
+def _replaced_bytes(files: Sequence[int]) -> int:
+    """Return the most that copies and pages take while copies replace mapped tensors in order."""
+    peak_bytes = done_bytes = 0
+    for file_bytes in files:
+        done_bytes += file_bytes
+        peak_bytes = max(peak_bytes, done_bytes + file_bytes)
+    return peak_bytes
+
+
+def _tensor_bytes(groups: Sequence[Group]) -> list[int]:
+    return [num_bytes for group in groups for num_bytes in group.tensor_bytes]
+
+
+def _staging_blocks(groups: Sequence[Group]) -> Counter[int]:
+    """Return the pinned blocks that pinning one group at a time leaves in torch's cache, by size.
+
+    A freed block is kept for the next request of its size; none is given back.
+    """
+    blocks: Counter[int] = Counter()
+    for group in groups:
+        blocks |= Counter(map(pinned_bytes, group.tensor_bytes))
+    return blocks
+
+
+def _kept_bytes(blocks: Mapping[int, int]) -> int:
+    return sum(num_bytes * count for num_bytes, count in blocks.items())
