@@ -20,6 +20,7 @@ from pipefit.cost_models.allocator import (
 from pipefit.cost_models.memory import simulate
 from pipefit.cost_models.placement import Resident
 from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.residency import load_order
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Event
 
@@ -399,95 +400,38 @@ def test_allocated_bytes_of_nothing_is_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_flux_weights_reserve_what_was_measured() -> None:
-    """31.438 GiB allocated and 31.447 reserved after loading FLUX.1-dev in bfloat16."""
-    torch = pytest.importorskip("torch")
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+@pytest.mark.parametrize(
+    ("pipeline", "names", "allocated_gib", "reserved_gib"),
+    [
+        # published with https://github.com/sayakpaul/diffusers-torchao; the others are counts by
+        # an earlier prototype, whose peaks agreed with published ones
+        ("flux.1-dev", None, 31.438, 31.447),
+        ("stable-diffusion-xl-base-1.0", None, 6.572, 6.85),
+        ("stable-diffusion-v1-5-unchecked", None, 2.012, 2.06),
+        ("z-image-turbo", None, 19.27, 19.60),
+        ("ltx-video-0.9.7-13b", {"transformer"}, 24.294, 24.313),
+    ],
+)
+def test_weights_take_the_blocks_and_segments_that_were_found(
+    pipeline: str, names: set[str] | None, allocated_gib: float, reserved_gib: float
+) -> None:
+    """Many tensors of 1 to 10 MiB cost SDXL 0.11 GiB of rests and 0.28 more of segments."""
+    pytest.importorskip("torch")
+    from pipefit.planner.build import build_pipeline
+    from pipefit.planner.trace import describe_component
+    from pipefit.strategies.live import module_components
 
-    clip = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    t5 = T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
-    with torch.device("meta"):
-        modules = [
-            AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=16,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
-            CLIPTextModel(clip),
-            T5EncoderModel(t5),
-            FluxTransformer2DModel(guidance_embeds=True),
-        ]
-    allocator = CachingAllocator()
-    for module in modules:
-        for tensor in module.to(torch.bfloat16).parameters():
-            allocator.allocate(tensor.numel() * tensor.element_size())
-    assert allocator.allocated_bytes / GIB == pytest.approx(31.438, abs=0.002)
-    assert allocator.reserved_bytes / GIB == pytest.approx(31.447, abs=0.004)
-
-
-@pytest.mark.slow
-def test_sdxl_weights_take_more_blocks_than_bytes() -> None:
-    """6.461 GiB of SDXL's bfloat16 weights become 6.572 allocated and 6.85 reserved."""
-    torch = pytest.importorskip("torch")
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    clip = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    big_clip = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-    )
-    with torch.device("meta"):
-        modules = [
-            AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=4,
-            ),
-            CLIPTextModel(clip),
-            CLIPTextModelWithProjection(big_clip),
-            UNet2DConditionModel(
-                block_out_channels=(320, 640, 1280),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=[1, 2, 10],
-                attention_head_dim=[5, 10, 20],
-                cross_attention_dim=2048,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-                use_linear_projection=True,
-            ),
-        ]
-    allocator = CachingAllocator()
-    for module in modules:
-        for tensor in module.to(torch.bfloat16).parameters():
-            allocator.allocate(tensor.numel() * tensor.element_size())
-    assert allocator.requested_bytes / GIB == pytest.approx(6.461, abs=0.002)
-    assert allocator.allocated_bytes / GIB == pytest.approx(6.572, abs=0.003)
-    assert allocator.reserved_bytes / GIB == pytest.approx(6.85, abs=0.01)
+    pipe, _ = build_pipeline(pipeline)
+    allocator, growing = CachingAllocator(), CachingAllocator(expandable=True)
+    for name, module in module_components(pipe).items():
+        if names is None or name in names:
+            for num_bytes in load_order(describe_component(name, module, {})):
+                allocator.allocate(num_bytes)
+                growing.allocate(num_bytes)
+    assert allocator.allocated_bytes / GIB == pytest.approx(allocated_gib, abs=0.002)
+    assert allocator.reserved_bytes / GIB == pytest.approx(reserved_gib, abs=0.005)
+    # growing segments leave no rests, and at most a page unused at the end of each of two pools
+    assert growing.reserved_bytes - growing.requested_bytes < 22 * MIB + 512 * 3000
 
 
 @pytest.mark.parametrize(("expandable", "reserved_mib"), [(False, 66), (True, 40)])
