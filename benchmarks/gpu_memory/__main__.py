@@ -25,7 +25,10 @@ from pipefit.planner.probe import cpu_machine, probe
 
 DEFAULT_MINUTES = 8.0
 DRY_RUN_GPU = "h200"
-"""Predicted for in a dry run where there is no GPU: the machine that most rows need."""
+"""Predicted for in a dry run where there is no GPU: all rows fit there."""
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+"""Whose versions decide about a trace."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +124,15 @@ def _machine(folder: Path) -> dict[str, Any]:
 
 
 def _report(folder: Path) -> int:
-    from benchmarks.gpu_memory.worker import predicted, prepare
+    from benchmarks.gpu_memory.worker import predicted, prepare, software
 
     machine = _machine(folder)
+    for name, version in software().items():
+        if name in LIBRARIES and version != machine["software"][name]:
+            print(
+                f"Predicted with {name} {version}, measured with {machine['software'][name]}.",
+                file=sys.stderr,
+            )
     gpu = from_json(Gpu, machine["gpu"])
 
     def predict(case: Case, measured: Mapping[str, Any] | None) -> tuple[Any, Any]:

@@ -209,13 +209,17 @@ class TensorCounter(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _storage_key(tensor)
         if key in self._known or not storage.nbytes():
             return
+        before = self.read()
         block = self._allocator.allocate(storage.nbytes())
         if self._limit_bytes is not None and self._allocator.reserved_bytes > self._limit_bytes:
             self._allocator.free(block)
             self._allocator.empty_cache()
+            # What was refused was never allocated.
+            self._allocator.peak_allocated_bytes = before.peak_allocated
+            self._allocator.peak_reserved_bytes = before.peak_reserved
+            self._allocator.peak_requested_bytes = before.peak_requested
             raise torch.OutOfMemoryError(
-                f"{storage.nbytes()} bytes more would make it {self._allocator.reserved_bytes}, "
-                f"above {self._limit_bytes}."
+                f"{storage.nbytes()} bytes more are not to be had below {self._limit_bytes}."
             )
         self._known[key] = block
         self._note("a", self._count, block)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from pipefit.cost_models.placement import Resident
 from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.serial import to_json
 from pipefit.planner.trace import trace
+from pipefit.planner.trace_cache import library_versions
 
 Parameters = Mapping[str, Any]
 MakeInputs = Callable[[Any], tuple[torch.Tensor, ...]]
@@ -257,6 +258,7 @@ def predict_kernel(parameters: Parameters, gpu: Gpu) -> dict[str, Any]:
         compute_capability=gpu.compute_capability or (8, 9),
         in_place=True,
     )
+    workload = replace(workload, versions=library_versions())
     (peak,) = simulate(workload, {"kernel": Choice(placement=Resident())}, gpu)
     return {
         "growth_bytes": peak.activation_bytes + peak.workspace_bytes,

@@ -14,7 +14,7 @@ from benchmarks.gpu_memory.cases import EXPANDABLE
 from benchmarks.gpu_memory.counters import Counter, Event
 from benchmarks.gpu_memory.pipelines import give_weights
 from pipefit.cost_models.allocator import CachingAllocator
-from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.context import bare_context_bytes, context_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.transfers import link_rates
 from pipefit.cost_models.units import GIB, MIB
@@ -66,8 +66,8 @@ def measure_context(counter: Counter) -> dict[str, Any]:
 
 
 def predict_context(gpu: Gpu) -> dict[str, Any]:
-    """Return what a whole call is predicted to end with."""
-    return {"context_bytes": context_bytes(gpu)}
+    """Return what is predicted before the first kernel, and after a whole call."""
+    return {"bare_bytes": bare_context_bytes(gpu), "context_bytes": context_bytes(gpu)}
 
 
 # -- transfers
@@ -180,9 +180,7 @@ def predict_allocator(parameters: Mapping[str, Any], measured: Mapping[str, Any]
 
 def replay(events: Sequence[Event], *, is_expandable: bool = False) -> CachingAllocator:
     """Return the model of the allocator after *events*."""
-    if is_expandable:
-        raise InvalidRequest("Expandable segments are not modelled: only native ones are replayed.")
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(expandable=is_expandable)
     blocks = {}
     for action, number, num_bytes, stream in events:
         if action == "a":

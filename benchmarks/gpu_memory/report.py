@@ -217,16 +217,15 @@ def _allocators(rows: Sequence[Row]) -> Iterable[str]:
 def _contexts(rows: Sequence[Row]) -> Iterable[str]:
     def lines() -> Iterable[list[str]]:
         for row in rows:
-            said = (row.get("predicted") or {}).get("context_bytes")
+            said = row.get("predicted") or {}
             for stage in (row["measured"] or {}).get("stages", ()):
-                yield [
-                    stage["stage"],
-                    _mib(stage["context_bytes"]),
-                    "–" if said is None else _mib(said),
-                ]
+                yield [stage["stage"], _mib(stage["context_bytes"])]
+            for name, when in (("bare_bytes", "before the first kernel"),
+                               ("context_bytes", "after a whole call")):  # fmt: skip
+                if name in said:
+                    yield [f"predicted {when}", _mib(said[name])]
 
-    head = ("after", "context, measured", "predicted after a whole call")
-    yield from _table("Context, MiB", head, lines())
+    yield from _table("Context, MiB", ("after", "context"), lines())
 
 
 def _transfers(rows: Sequence[Row]) -> Iterable[str]:
