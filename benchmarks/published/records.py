@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,16 +291,76 @@ def _group_offload(parameters: str) -> str:
         for flag in ("use_stream", "record_stream", "low_cpu_mem_usage")
         if flag in parameters
     ]
+    if "offload_to_disk" in parameters:
+        given.append("offload_to_disk_path=.")
     return f"group_offload:{','.join(given)}"
 
 
-QUANTIZATION: tuple[tuple[str, str], ...] = ()
-"""What ``levers.quantization`` starts with -> option."""
+FORMATS: tuple[tuple[str, str], ...] = (
+    (r"torchao int8(wo|_weight_only)", "backend=torchao,type=int8_weight_only"),
+    (r"torchao int8dq", "backend=torchao,type=int8_dynamic_activation_int8_weight"),
+    (
+        r"torchao fp8dqrow",
+        "backend=torchao,type=float8_dynamic_activation_float8_weight,per_row=true",
+    ),
+    (r"torchao fp8(wo)?|torchao float8_weight_only", "backend=torchao,type=float8_weight_only"),
+    (
+        r"torchao fp8dq|torchao float8 dynamic",
+        "backend=torchao,type=float8_dynamic_activation_float8_weight",
+    ),
+    (r"torchao (fpx|fp6)", "backend=torchao,type=float6_e3m2_weight_only"),
+    (r"torchao int4wo", "backend=torchao,type=int4_weight_only"),
+    (r"torchao int4dq", "backend=torchao,type=int8_dynamic_activation_int4_weight"),
+    (r"bitsandbytes 8-bit", "backend=bitsandbytes,type=int8"),
+    (r"bnb (nf4|4-bit)", "backend=bitsandbytes,type=nf4"),
+    (r"quanto INT4", "backend=quanto,type=int4"),
+    (r"quanto INT8", "backend=quanto,type=int8"),
+    (r"quanto FP8", "backend=quanto,type=float8"),
+)
+"""What a part of ``levers.quantization`` says -> parameters of the strategy."""
+
+DIRECTLY = "diffusers-torchao"
+"""Sources, by a part of their ``source``, that call torchao's ``quantize_`` on a loaded component,
+which leaves no linear layer out."""
 
 
 def quantization_options(record: Record) -> tuple[str, ...]:
-    """Return the quantisation strategies of the record; none if its format is not known."""
-    return ()
+    """Return the quantisation strategies of the record; none if a format of it is not known.
+
+    Raises:
+        Unusable: if the run chose formats by itself.
+    """
+    said = record["levers"]["quantization"] or ""
+    if "autoquant" in said:
+        raise Unusable("autoquant chose a format for each layer, and its weights are not stated")
+    found = []
+    for part in said.split(" + ") if said.count("(") > 1 else [said]:
+        words, _, where = part.partition(" (")
+        parameters = _format(words.strip())
+        if parameters is None:
+            return ()
+        if DIRECTLY in record["source"]:
+            parameters += ",all_linear=true"
+        found += [
+            f"quantization:{parameters}@{name}" for name in _components(record, where.rstrip(")"))
+        ]
+    return tuple(found)
+
+
+def _format(words: str) -> str | None:
+    gguf = re.fullmatch(r"GGUF (\w+)", words)
+    if gguf:
+        return f"backend=gguf,type={gguf[1].upper()}"
+    return next((value for pattern, value in FORMATS if re.fullmatch(pattern, words)), None)
+
+
+def _components(record: Record, where: str) -> Iterator[str]:
+    """Yield the components that *where* names: ``transformer + T5``."""
+    for word in re.split(r" \+ |, ", where):
+        if word.startswith("T5"):
+            yield "text_encoder_2" if record["pipeline"].startswith("FLUX") else "text_encoder"
+        else:
+            yield {"text encoder": "text_encoder", "VAE": "vae"}.get(word, word)
 
 
 # -- measurements of one component
