@@ -2,9 +2,10 @@
 
 diffusers' hook casts a layer's weight and bias up before its forward and down after it, on the GPU.
 Which layers: convolutions, linear layers and embeddings, less what the class and the library skip.
-On a transformers encoder more is left out than diffusers leaves out on its own: embeddings, because
-such a model's dtype is that of its first parameter and pipelines cast prompts to it, and what the
-class keeps in float32, because T5 reads ``wo.weight.dtype`` (diffusers issue 10347).
+On a transformers encoder more is left out than diffusers leaves out on its own: embeddings and the
+head that may be tied to them, because such a model's dtype is that of its first parameter and
+pipelines cast prompts to it, and what the class keeps in float32, because T5 reads
+``wo.weight.dtype`` (diffusers issue 10347).
 
 A reader would expect undo to cast back. Bits are lost, so the originals wait in host RAM while this
 is in force, and undo puts those very weights back. The search is not offered it yet: it changes
@@ -62,6 +63,11 @@ class LayerwiseCasting:
                 return f"layerwise_casting:{key} is one of {', '.join(known)}, but was {given!r}."
         if not component.traits.get("can_cast_layers"):
             return f"{component.class_name} has no layer that could be stored in 8 bits."
+        if component.traits.get("force_upcast") and component.traits.get("dtype") == "float16":
+            return (
+                f"{component.class_name} overflows in float16 (force_upcast in its config), and "
+                "the float32 that the pipeline casts it to would be cast back by the hooks."
+            )
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> None:
@@ -137,7 +143,10 @@ def _enable(module: Any, parameters: Mapping[str, Any]) -> None:
     if isinstance(module, ModelMixin):
         module.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
         return
-    kept = tuple(f"{name}$" for name in getattr(module, "_keep_in_fp32_modules", None) or ())
+    kept = [f"{name}$" for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
+    # The output head may be tied to the embedding, which would be cast with it.
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    kept += [f"^{path}$" for path, part in module.named_modules() if head and part is head]
     apply_layerwise_casting(
         module,
         storage_dtype=storage,

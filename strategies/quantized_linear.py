@@ -33,6 +33,7 @@ BNB_OUTLIER = 6.0
 """``llm_int8_threshold``: activations above it are multiplied in 16 bits."""
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = 127
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 TILE_WORD_INPUTS = 128
 """Inputs to one step of the second dimension of a packed int4 weight."""
 
@@ -47,12 +48,15 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.backend, self.type = backend, type_
         self.weight_dtype = linear.weight.dtype
-        # The bias first: a model's dtype is that of its first floating-point parameter, and
-        # scales of another dtype are not parameters of their own in reality.
         self.register_parameter("bias", linear.bias)
+        self.dtypes: dict[str, torch.dtype] = {}
         for tensor in stored:
             name = "_".join(filter(None, ("weight", tensor.name)))
-            data = linear.weight.new_empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+            self.dtypes[name] = dtype = getattr(torch, tensor.dtype)
+            # A model's dtype is that of its first floating-point parameter, which in reality is
+            # never a scale or packed data: so they are kept as whole numbers of the same width.
+            kept = WHOLE[dtype.itemsize] if dtype.is_floating_point else dtype
+            data = linear.weight.new_empty(tensor.shape, dtype=kept)
             self._parameters[name] = nn.Parameter(data, requires_grad=False)
         if "weight" not in self._parameters:
             # Wrapper tensors say the dtype and shape of the weight that they stand for.
@@ -70,7 +74,7 @@ class QuantizedLinear(nn.Linear):
 
     def stored(self, name: str) -> Any:
         """Return one of the tensors that hold the weight."""
-        return self._parameters[name]
+        return self._parameters[name].view(self.dtypes[name])
 
 
 def _unpacked(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ NAME = "stable_diffusion_xl"
 
 EVERYTHING = [
     Option(strategy="precision", component="text_encoder", parameters={"dtype": "bfloat16"}),
+    Option(strategy="layerwise_casting", component="unet"),
     Option(strategy="channels_last", component="unet"),
     Option(strategy="attention", component="unet", parameters={"backend": "math"}),
     Option(strategy="vae_slicing", component="vae"),
@@ -73,7 +74,7 @@ def test_a_failure_in_any_component_leaves_everything_as_it_was(
     parameters = {"offload_type": "leaf_level"} if strategy_name == "group_offload" else {}
     placed = [None] if "l_offload" in strategy_name else list(module_components(pipe))
     options = [
-        *EVERYTHING[1:5],
+        *EVERYTHING[1:6],
         *(Option(strategy=strategy_name, component=one, parameters=parameters) for one in placed),
     ]
     with pytest.raises(ApplyFailed, match="everything was undone") as failure:
@@ -87,7 +88,7 @@ def test_an_interruption_is_undone_and_passed_on() -> None:
     pipe.unet.unplugged = Unplugged(KeyboardInterrupt())
     before = snapshot(pipe)
     with pytest.raises(KeyboardInterrupt):
-        apply_options(pipe, [*EVERYTHING[1:5], Option(strategy="model_offload")], "cpu")
+        apply_options(pipe, [*EVERYTHING[1:6], Option(strategy="model_offload")], "cpu")
     assert differences(before, snapshot(pipe)) == ()
 
 

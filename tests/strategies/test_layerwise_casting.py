@@ -89,6 +89,29 @@ def test_an_encoder_keeps_what_its_dtype_and_t5_s_wo_are_read_from() -> None:
         assert module(torch.ones(1, 4, dtype=torch.long)).last_hidden_state.isfinite().all()
 
 
+def test_a_head_that_is_tied_to_the_embedding_is_left_alone() -> None:
+    config = transformers.Qwen3Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    module = transformers.Qwen3ForCausalLM(config).bfloat16()
+    CASTING.apply(pipe_of(module), "part", {}, "cpu")
+    assert module.dtype == module.lm_head.weight.dtype == torch.bfloat16
+    assert FLOAT8 in dtypes(module).values()
+
+
+def test_an_autoencoder_that_is_cast_to_float32_and_back_is_refused() -> None:
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), force_upcast=True)
+    assert "overflows in float16" in str(CASTING.refusal(described(vae.half()), {}))
+    assert CASTING.refusal(described(vae.bfloat16()), {}) is None
+
+
 def test_a_failure_half_way_leaves_the_weights_as_they_were() -> None:
     module = t5()
     CASTING.apply(pipe_of(module), "part", {}, "cpu")

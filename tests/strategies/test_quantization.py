@@ -91,7 +91,13 @@ def test_a_layer_holds_and_allocates_what_the_library_s_does(backend: str, type_
 
 def flux() -> Any:
     with torch.device("meta"):
-        return diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1).bfloat16()
+        return diffusers.FluxTransformer2DModel(
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            joint_attention_dim=256,
+            pooled_projection_dim=256,
+        ).bfloat16()
 
 
 def t5() -> Any:
@@ -125,8 +131,8 @@ def test_every_type_runs_a_model_without_weights(backend: str, type_: str) -> No
     with torch.no_grad():
         out = module(
             hidden_states=torch.empty(1, 16, 64, device="meta", dtype=torch.bfloat16),
-            encoder_hidden_states=torch.empty(1, 8, 4096, device="meta", dtype=torch.bfloat16),
-            pooled_projections=torch.empty(1, 768, device="meta", dtype=torch.bfloat16),
+            encoder_hidden_states=torch.empty(1, 8, 256, device="meta", dtype=torch.bfloat16),
+            pooled_projections=torch.empty(1, 256, device="meta", dtype=torch.bfloat16),
             timestep=torch.empty(1, device="meta", dtype=torch.bfloat16),
             img_ids=torch.empty(16, 3, device="meta"),
             txt_ids=torch.empty(8, 3, device="meta"),
@@ -152,8 +158,15 @@ def test_layers_that_are_left_out_can_be_in_another_dtype() -> None:
     assert module.dtype == torch.bfloat16
 
 
-def test_a_model_s_dtype_is_not_that_of_a_scale() -> None:
-    assert quantized(flux(), backend="torchao", type="float8_weight_only").dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("backend", "type_"), [(b, t) for b, types in TYPES.items() for t in types]
+)
+def test_a_model_s_dtype_is_not_that_of_packed_data_or_of_a_scale(backend: str, type_: str) -> None:
+    with torch.device("meta"):
+        module = diffusers.Flux2Transformer2DModel(
+            num_layers=1, num_single_layers=1, num_attention_heads=2, joint_attention_dim=256
+        ).bfloat16()
+    assert quantized(module, backend=backend, type=type_).dtype == torch.bfloat16
 
 
 def test_a_gguf_file_keeps_the_ends_of_the_model_and_stores_fused_projections_better() -> None:
