@@ -148,6 +148,7 @@ def _block_groups(
     def cut(root: str, outer: frozenset[str]) -> None:
         covered: list[str] = []
         nested: list[str] = []
+        twice: list[TensorInfo] = []
         has_rest = False
         for child in children.get(root, ()):
             if child.rpartition(".")[2] in block_modules:
@@ -169,6 +170,7 @@ def _block_groups(
                     )
             else:
                 has_rest = True
+                twice += (t for t in below.get(child, ()) if t.is_buffer)
         taken = {t.path for path in covered for t in below.get(path, ())}
         rest = [t for t in below.get(root, ()) if t.path not in taken]
         # What an enclosing module holds already, tied, is on the GPU when this one is called.
@@ -177,7 +179,9 @@ def _block_groups(
         for child in nested:
             cut(child, outer.union(map(_storage, rest)))
         if has_rest or rest:
-            tensor_bytes = tuple(_storages(missing))
+            # The group lists the buffers of its modules as well, and Module.to makes new ones: from
+            # the second forward on, old and new are both loaded (ModuleGroup._offload_to_memory).
+            tensor_bytes = (*_storages(missing), *_storages(twice))
             unmatched.insert(place, Group(paths=(root,), tensor_bytes=tensor_bytes))
 
     cut("", frozenset())
