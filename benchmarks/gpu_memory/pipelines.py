@@ -12,6 +12,7 @@ import gc
 import math
 import mmap
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -181,7 +182,7 @@ def measure_pipeline(
     not end before *until_s* on *clock*.
 
     Raises:
-        torch.OutOfMemoryError: if the weights do not fit.
+        torch.OutOfMemoryError, ApplyFailed: if the weights do not fit.
     """
     modules = module_components(pipe)
     offloads = any(option.strategy in ("model_offload", "group_offload") for option in options)
@@ -201,8 +202,10 @@ def measure_pipeline(
         try:
             with counter.held_to(limit_bytes), meter.watching():
                 pipe(**given)
-        except torch.OutOfMemoryError as error:
-            one |= {"outcome": "out of memory", "error": _first_line(error)}
+        except Exception as error:  # what was measured until then is kept
+            traceback.print_exc()
+            outcome = "out of memory" if is_out_of_memory(error) else "error"
+            one |= {"outcome": outcome, "error": in_words(error)}
         one |= {"took_s": clock() - start_s, "phases": [asdict(p) for p in meter.phases]}
         found["calls"].append(one)
         return one
@@ -238,8 +241,17 @@ def _verdict(fits: bool | None, how: str) -> dict[str, Any]:
     return {"fits": fits, "how": how}
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether *error*, or what it was raised from, is torch's out-of-memory error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _pinned_bytes(counter: Counter) -> int:

@@ -20,8 +20,9 @@ CASE_FIELDS = ("key", "kind", "parameters", "environment")
 
 def write_report(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write ``gpu_memory.json`` and ``gpu_memory.md`` into *folder*."""
-    whole = {"schema": SCHEMA, **machine, "rows": list(rows)}
-    (folder / "gpu_memory.json").write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    head = json.dumps({"schema": SCHEMA, **machine}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row) for row in rows)  # one line a row: events are long
+    (folder / "gpu_memory.json").write_text(f'{head},\n "rows": [\n{lines}\n]}}\n', "utf-8")
     (folder / "gpu_memory.md").write_text("\n".join(_lines(machine, rows)) + "\n", "utf-8")
 
 

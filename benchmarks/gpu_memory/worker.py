@@ -37,7 +37,13 @@ from benchmarks.gpu_memory.cases import (
 )
 from benchmarks.gpu_memory.counters import Counter, counter_of
 from benchmarks.gpu_memory.kernels import measure_kernel, predict_kernel
-from benchmarks.gpu_memory.pipelines import measure_pipeline, options_of, predict_pipeline
+from benchmarks.gpu_memory.pipelines import (
+    in_words,
+    is_out_of_memory,
+    measure_pipeline,
+    options_of,
+    predict_pipeline,
+)
 from benchmarks.gpu_memory.probes import (
     measure_allocator,
     measure_context,
@@ -140,12 +146,6 @@ def estimate_s(case: Case, prediction: Mapping[str, Any] | None) -> float:
     return START_S + moves * filled_s + calls_s
 
 
-def in_words(error: BaseException) -> str:
-    """Return an error in one line."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
 def software() -> dict[str, str]:
     """Return the versions that decide about memory; nothing here starts CUDA."""
     found = {name: _version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
@@ -172,16 +172,15 @@ def measured_row(prepared: Prepared, counter: Counter, limit_s: float) -> dict[s
     row: dict[str, Any] = {"outcome": "measured", "measured": None, "error": None}
     try:
         measured = prepared.measure(counter, start_s + limit_s)
-    except torch.OutOfMemoryError as error:
-        row |= {"outcome": "out of memory", "error": in_words(error)}
     except Exception as error:  # one row's failure is not the run's
         traceback.print_exc()
-        row |= {"outcome": "error", "error": in_words(error)}
+        outcome = "out of memory" if is_out_of_memory(error) else "error"
+        row |= {"outcome": outcome, "error": in_words(error)}
     else:
         row["measured"] = measured
         first = (measured.get("calls") or [{}])[0]
-        if first.get("outcome") == "out of memory":
-            row |= {"outcome": "out of memory", "error": first["error"]}
+        if first.get("error"):
+            row |= {"outcome": first["outcome"], "error": first["error"]}
     return {**row, "took_s": time.monotonic() - start_s}
 
 

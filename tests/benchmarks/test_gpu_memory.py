@@ -43,7 +43,7 @@ from tests.small_pipelines import SMALL_PIPELINES, small_call
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.memory import SLACK_SHARE
 from pipefit.cost_models.units import GIB, KIB, MIB
-from pipefit.errors import InvalidRequest
+from pipefit.errors import ApplyFailed, InvalidRequest
 from pipefit.planner.build import build_pipeline
 from pipefit.planner.catalog import find_gpu, pipeline_names
 from pipefit.planner.probe import cpu_machine
@@ -313,8 +313,23 @@ def test_whatever_happens_is_a_row() -> None:
     with TensorCounter() as counter:
         row = measured_row(fails(ValueError("wrong\nin two lines")), counter, 1.0)
         assert (row["outcome"], row["error"]) == ("error", "ValueError: wrong")
-        row = measured_row(fails(torch.OutOfMemoryError("too much")), counter, 1.0)
-        assert row["outcome"] == "out of memory"
+        wrapped = ApplyFailed("undone")
+        wrapped.__cause__ = torch.OutOfMemoryError("too much")
+        row = measured_row(fails(wrapped), counter, 1.0)
+        assert (row["outcome"], row["error"]) == ("out of memory", "ApplyFailed: undone")
+
+
+def test_what_was_measured_before_a_call_failed_is_kept() -> None:
+    def stop(*given: Any) -> dict[str, Any]:
+        raise ValueError("after a step")
+
+    pipe, call = SMALL_PIPELINES["flux"](), {**small_call("flux"), "callback_on_step_end": stop}
+    with TensorCounter() as counter:
+        options = options_of("resident", pipe, 64)
+        found = measure_pipeline(pipe, call, options, counter, cards=PLENTY)
+    (free,) = found["calls"]
+    assert (free["outcome"], free["error"]) == ("error", "ValueError: after a step")
+    assert [p["component"] for p in free["phases"]][-1] == "transformer"
 
 
 def test_a_decode_under_the_allocator_is_predicted_from_what_was_measured() -> None:
