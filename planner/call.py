@@ -40,8 +40,11 @@ FAIL_WITHOUT_NEGATIVE_PROMPT = ("KolorsPipeline", "KolorsImg2ImgPipeline")
 Source: https://github.com/huggingface/diffusers/issues/13612, "Issue 4"; so in diffusers 0.42.1.
 """
 
-EDIT_A_PICTURE = ("QwenImageLayeredPipeline",)
-"""Pipelines that fail without a picture, though ``None`` is its default and nothing else tells."""
+EDIT_A_PICTURE = ("QwenImageLayeredPipeline", "FluxKontextPipeline")
+"""Pipelines made for a picture though ``None`` is its default and nothing else tells.
+
+Without one the first fails, the second draws from text alone.
+"""
 
 SHOWN_ARGUMENTS = (
     "height", "width", "resolution", "layers", "num_frames", "video_length", "audio_length_in_s",
@@ -240,6 +243,9 @@ def _locals_at_start(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         raise _Stopped
 
     twin = copy.copy(pipe)
+    for name, value in vars(pipe).items():
+        if isinstance(value, DiffusionPipeline):  # what it is combined of
+            twin.__dict__[name] = stop
     own_classes = type(pipe).__mro__[: type(pipe).__mro__.index(DiffusionPipeline)]
     for cls in own_classes:
         for name, member in vars(cls).items():

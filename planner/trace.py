@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from pipefit.cost_models.workload import (
     Component,
@@ -54,10 +55,10 @@ def weightless(pipe: Any, machine: VirtualMachine, *, in_place: bool = False) ->
 
     With *in_place* the pipeline's own modules are converted (for one that pipefit built itself).
     """
-    twin = object.__new__(type(pipe))
-    twin.__dict__.update(pipe.__dict__)
     memo: dict[int, Any] = {}
-    for name, part in pipe.components.items():
+    stand_ins: dict[int, Any] = {}
+    for part in pipe.components.values():
+        original = part
         if isinstance(part, torch.nn.Module):
             for tensor in (*part.parameters(), *part.buffers()):
                 if id(tensor) not in memo:
@@ -67,9 +68,19 @@ def weightless(pipe: Any, machine: VirtualMachine, *, in_place: bool = False) ->
             else:
                 _convert(part, memo)
             _convert_plain_meta(part, machine)
-            twin.__dict__[name] = part
         elif hasattr(part, "step") or hasattr(part, "set_timesteps"):
-            twin.__dict__[name] = copy.deepcopy(part)
+            part = copy.deepcopy(part)
+        stand_ins[id(original)] = part
+    return _twin(pipe, stand_ins)
+
+
+def _twin(pipe: Any, stand_ins: Mapping[int, Any]) -> Any:
+    """Return a *pipe*, and the pipelines that it is combined of, with other components."""
+    twin = object.__new__(type(pipe))
+    for name, value in pipe.__dict__.items():
+        if isinstance(value, DiffusionPipeline):
+            value = _twin(value, stand_ins)
+        twin.__dict__[name] = stand_ins.get(id(value), value)
     twin.__dict__["_progress_bar_config"] = {"disable": True}
     return twin
 

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipefit.cost_models.workload import Workload
 from pipefit.errors import TraceError
+from pipefit.planner.build import build_pipeline
+from pipefit.planner.call import default_inputs
 from pipefit.planner.trace import trace
 
 
@@ -230,3 +232,15 @@ def test_the_live_pipeline_is_untouched() -> None:
     with torch.no_grad():
         assert torch.equal(pipe(), before)
     assert [(id(p), p.data_ptr()) for p in net.parameters()] == weights
+
+
+def test_the_pipelines_that_one_is_combined_of_share_its_twins(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pipe, info = build_pipeline("kandinsky-2-2-combined")
+    args = default_inputs(pipe, info.entry, {"num_inference_steps": 2})
+    workload = trace(pipe, args)  # not in place: the inner pipelines hold the same components
+    called = {event[2].split("/")[1] for event in workload.root if event[0] == "c"}
+    assert called == {"prior_prior", "prior_image_encoder", "prior_text_encoder", "unet", "movq"}
+    assert pipe.decoder_pipe.unet is pipe.unet
+    assert not capfd.readouterr().err  # no progress bar either
