@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from benchmarks.published import held_out
+from benchmarks.published.older_versions import torch_version
 from benchmarks.published.records import (
     RECORDS,
     Record,
     Setup,
     Unusable,
+    counts_inputs,
     explanation,
     is_compiled_where_it_peaks,
     load,
@@ -110,13 +112,14 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
     from pipefit import predict
 
     subject = subject_of(setup) if subject is None else subject
-    found = predict(
-        subject,
-        setup.strategies,
-        call=setup.call,
-        machine=reference_machine([setup.gpu]),
-        dtype=setup.dtype if isinstance(subject, str) else None,
-    )
+    with torch_version(setup.torch):
+        found = predict(
+            subject,
+            setup.strategies,
+            call=setup.call,
+            machine=reference_machine([setup.gpu]),
+            dtype=setup.dtype if isinstance(subject, str) else None,
+        )
     return Predicted(phases=found.phases, host_ram_bytes=found.host_ram_bytes)
 
 
@@ -169,6 +172,8 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
         reason = setup if isinstance(setup, str) else str(predicted)
         return Row(record=record, kind=kind, published_gib=published, note=reason)
     num_bytes = predicted.peak(kind, phases_of(record))
+    if not counts_inputs(record):
+        num_bytes -= max(phase.carried_bytes for phase in predicted.phases)
     if kind == "process":
         num_bytes -= outside_bytes(record, find_gpu(setup.gpu))
     predicted_gib = num_bytes / GIB

@@ -1,4 +1,4 @@
-"""What components did in older diffusers, for published measurements that were made with it.
+"""What older diffusers and torch did, for published measurements that were made with them.
 
 Two changes of 2024 moved peaks. The functions here bring the earlier behaviour back on a weightless
 pipeline, module by module, so that a record is compared with what ran then:
@@ -13,7 +13,11 @@ Classes are exchanged rather than methods, because a traced pipeline is copied f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,6 +28,8 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipefit.cost_models import memory, replay, workspace
 
 Cache = list[Tensor]
 """One tensor, or none once it was used: whoever holds the list no longer holds the tensor."""
@@ -83,6 +89,20 @@ class Upsample2DUntil030(Upsample2D):
         if dtype == torch.bfloat16:
             hidden_states = hidden_states.to(dtype)
         return self.conv(hidden_states)
+
+
+@contextmanager
+def torch_version(version: str) -> Iterator[None]:
+    """Predict the library workspaces of this torch; empty: of the one that is installed."""
+    if not version:
+        yield
+        return
+    older = functools.partial(workspace.cublas_bytes, torch_version=version)
+    with (
+        patch.object(memory, "cublas_bytes", lambda gpu, _: older(gpu)),
+        patch.object(replay, "cublas_bytes", lambda gpu, _: older(gpu)),
+    ):
+        yield
 
 
 def as_until_0_30(pipe: DiffusionPipeline) -> None:

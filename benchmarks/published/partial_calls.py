@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.nn import functional as F
 
 Shaped = tuple[str, tuple[int, ...]]
 """A tensor to be: its dtype without ``torch.``, and its shape."""
@@ -44,6 +45,14 @@ class OneComponent(DiffusionPipeline):
         for _ in range(NUM_FORWARDS):
             result = self.component(**tensors)
         return result
+
+
+class AttentionCall(torch.nn.Module):
+    """One call of torch's attention, with nothing around it."""
+
+    def forward(self, enable_gqa: bool = False, **tensors: torch.Tensor) -> torch.Tensor:
+        """Attend; ``query`` (batch, heads, tokens, width), ``key``, ``value``, ``attn_mask``."""
+        return F.scaled_dot_product_attention(**tensors, enable_gqa=enable_gqa)
 
 
 def prompt_only(pipe: DiffusionPipeline) -> None:

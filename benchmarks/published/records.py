@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.published.changes import CHANGES
-from benchmarks.published.partial_calls import OneComponent
+from benchmarks.published.partial_calls import AttentionCall, OneComponent
 from pipefit.cost_models.context import bare_context_bytes
 from pipefit.cost_models.machine import Gpu
 
@@ -92,6 +92,8 @@ class Setup:
     """Names in :data:`CHANGES`, in order."""
     component: str = ""
     """Only this component is called, by ``call``; empty: the pipeline is."""
+    torch: str = ""
+    """Its version where the record states one; empty: the installed one's."""
 
     @property
     def key(self) -> str:
@@ -126,6 +128,7 @@ def setup_of(record: Record) -> Setup:
     _refuse_what_is_not_ours(record["levers"])
     dtype = _dtype(record)
     common: dict[str, Any] = {"pipeline": name, "gpu": _gpu(record), "dtype": dtype}
+    common["torch"] = _torch(record)
     if record["pipeline_class"] == "LTX2Pipeline":
         return Setup(**common, **_ltx2_stage(record), strategies=_strategies(record))
     if record["kind"] in COMPONENT_CALLS:
@@ -147,6 +150,11 @@ def phases_of(record: Record) -> Callable[[str], bool]:
     if str(record["metric_scope"]).startswith("denoising"):
         return lambda phase: phase != "decode"
     return lambda phase: True
+
+
+def counts_inputs(record: Record) -> bool:
+    """Whether the record's figure holds what the call was given."""
+    return not str(record["metric"]).startswith("extra memory")
 
 
 def outside_bytes(record: Record, gpu: Gpu) -> int:
@@ -192,6 +200,12 @@ def explanation(record: Record) -> str:
 def _gpu(record: Record) -> str:
     said = record["gpu"] or ""
     return next((name for part, name in GPUS if part in said), UNSTATED_GPU)
+
+
+def _torch(record: Record) -> str:
+    """Return torch's version, the least that the record allows; nightlies count as today's."""
+    stated = re.search(r"\d+\.\d+\.\d+", str((record["software"] or {}).get("torch")))
+    return stated[0] if stated else ""
 
 
 def _dtype(record: Record) -> Mapping[str, str] | None:
@@ -425,6 +439,8 @@ COMPONENT_CALLS: Mapping[str, Callable[[Record, Mapping[str, str]], tuple[str, d
 """A record's ``kind`` -> the component and the call."""
 
 BF16 = "bfloat16"
+ATTENTION = "one attention call"
+"""Stands for a component where only torch's attention was called."""
 FORWARD_INPUTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FluxTransformer2DModel": (
         "transformer",
@@ -446,6 +462,17 @@ FORWARD_INPUTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "encoder_attention_mask": (BF16, (1, 256)),
             "timestep": (BF16, (1,)),
             "video_coords": (BF16, (1, 3, 7392)),
+        },
+    ),
+    # 4096 + 512 tokens, 48 query and 12 key heads of 128 (Krea2Transformer2DModel's defaults).
+    "Krea2 transformer, one attention call": (
+        ATTENTION,
+        {
+            "query": (BF16, (1, 48, 4608, 128)),
+            "key": (BF16, (1, 12, 4608, 128)),
+            "value": (BF16, (1, 12, 4608, 128)),
+            "attn_mask": ("bool", (1, 1, 1, 4608)),
+            "enable_gqa": True,
         },
     ),
     "UNet2DConditionModel": (
@@ -471,6 +498,8 @@ def subject_of(setup: Setup) -> Any:
         return setup.pipeline
     from pipefit.planner.build import build_pipeline
 
+    if setup.component == ATTENTION:
+        return OneComponent(AttentionCall())
     pipe, _ = build_pipeline(setup.pipeline, dtype=setup.dtype)
     for change in setup.changes:
         CHANGES[change](pipe)
