@@ -576,7 +576,8 @@ def _group_loads(
     Groups that are not streamed travel both ways, blocking. Streamed groups only come in, beside
     the arithmetic where a recorder saw their order (not below a component entered by ``decode``);
     the host waits for each unless ``record_stream``, and page-locks each first under
-    ``low_cpu_mem_usage``.
+    ``low_cpu_mem_usage`` and from disk, whose own time is left out: the files are cached in RAM as
+    long as that suffices.
     """
     streamed = [g for g in groups.all if g.is_streamed]
     blocking = [g for g in groups.all if not g.is_streamed]
@@ -595,7 +596,7 @@ def _group_loads(
             exposed_s += copy_s
         if not placement.record_stream:
             exposed_s += executions[group.paths[0]] * GROUP_SYNC_S
-        if placement.low_cpu_mem_usage:
+        if placement.low_cpu_mem_usage or placement.offload_to_disk_path is not None:
             is_block = placement.offload_type == "block_level"
             exposed_s += num_bytes / (PIN_BLOCK_BYTES_PER_S if is_block else PIN_LEAF_BYTES_PER_S)
     streamed_bytes, _ = _loaded(streamed, executions)

@@ -44,7 +44,7 @@ SLACK_SHARE = 0.06
 
 Replayed reserved memory plus this covers every published reserved and process peak that the replay
 was compared with (FLUX.1, SDXL, Stable Diffusion 1.x, CogVideoX, AnimateDiff, Qwen-Image, Z-Image),
-except group offload with ``record_stream``, which is charged its weights in full instead.
+except group offload with ``record_stream``, where weights pile up by the pace of host and GPU.
 """
 
 
