@@ -50,6 +50,15 @@ class OneComponent(DiffusionPipeline):
 class AttentionCall(torch.nn.Module):
     """One call of torch's attention, with nothing around it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pipeline takes this component to be."""
+        return self.where.device
+
     def forward(self, enable_gqa: bool = False, **tensors: torch.Tensor) -> torch.Tensor:
         """Attend; ``query`` (batch, heads, tokens, width), ``key``, ``value``, ``attn_mask``."""
         return F.scaled_dot_product_attention(**tensors, enable_gqa=enable_gqa)
