@@ -29,8 +29,8 @@ from pipefit.planner.policy import (
 )
 from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.workloads import Progress, observe
-from pipefit.strategies import BUILT_IN, strategy
-from pipefit.strategies.strategy import Option, Quality
+from pipefit.strategies import BUILT_IN, quality_of
+from pipefit.strategies.strategy import Imitated, Option, Quality
 
 if TYPE_CHECKING:
     from pipefit.planner.apply import Applied
@@ -285,7 +285,7 @@ def _policy(
     budgets = parse_budget(budget, machine)
     level = parse_quality(quality)
     for option in required:
-        needed = strategy(option.strategy).quality
+        needed = quality_of(option)
         if needed.rank > level.rank:
             raise InvalidRequest(
                 f"Strategy {option.strategy} is of quality {needed.value}, but quality "
@@ -313,8 +313,8 @@ def _single_gpu_notes(budgets: Mapping[int, int]) -> tuple[str, ...]:
 
 
 def _lower_levels(quality: Quality) -> list[Quality]:
-    """Return the lower levels at which some strategy becomes available."""
-    reached = {s.quality.rank for s in BUILT_IN}
+    """Return the lower levels at which some strategy is offered to the search."""
+    reached = {s.quality.rank for s in BUILT_IN if not isinstance(s, Imitated)}
     return [level for level in Quality if level.rank > quality.rank and level.rank in reached]
 
 

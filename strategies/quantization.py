@@ -72,8 +72,11 @@ class Quantization:
     quality: Quality = Quality.BALANCED
 
     def quality_of(self, parameters: Mapping[str, Any]) -> Quality:
-        """Low where weights have fewer than eight bits."""
-        bits = stored_bits(parameters["backend"], _type(parameters))
+        """Low where weights have fewer than eight bits; what is refused is of the best level."""
+        backend = str(parameters.get("backend"))
+        if _type(parameters) not in TYPES.get(backend, ()):
+            return self.quality
+        bits = stored_bits(backend, _type(parameters))
         if bits > 8:
             return Quality.HIGH
         return Quality.BALANCED if bits == 8 else Quality.LOW

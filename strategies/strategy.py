@@ -96,7 +96,10 @@ class Strategy(Protocol):
 
 @runtime_checkable
 class Imitated(Protocol):
-    """A load strategy whose ``apply`` the weightless twin cannot or need not go through."""
+    """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
+
+    Such a strategy is only ever asked for; its ``options`` are empty.
+    """
 
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
         """Give the twin's component the tensors, and each call the allocations, that it causes."""
