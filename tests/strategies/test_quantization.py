@@ -14,8 +14,11 @@ from tests.strategies.described import described
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipefit import predict
 from pipefit.cost_models.storage import TYPES, stored_weight
+from pipefit.cost_models.units import GIB
 from pipefit.errors import UnsupportedPipeline
+from pipefit.planner.catalog import reference_machine
 from pipefit.strategies import quality_of, strategy
 from pipefit.strategies.quantized_linear import QuantizedLinear
 from pipefit.strategies.strategy import Option, Quality
@@ -225,3 +228,29 @@ def test_fewer_than_eight_bits_are_of_low_quality(
 ) -> None:
     option = Option(strategy="quantization", parameters={"backend": backend, "type": type_})
     assert quality_of(option) == quality
+
+
+def _both(text: str, t5: str = "") -> list[str]:
+    return [f"quantization:{text}@transformer", f"quantization:{text}{t5}@text_encoder_2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategies", "published_gib"),
+    [
+        (["quantization:backend=gguf,type=Q8_0@transformer"], 25.973),
+        (["quantization:backend=gguf,type=Q4_1@transformer"], 21.326),
+        (["quantization:backend=gguf,type=Q2_K@transformer"], 17.752),
+        (_both("backend=bitsandbytes,type=int8", ",kept_dtype=float32"), 24.432),
+        (_both("backend=quanto,type=float8,all_linear=true"), 20.898),
+        ([*_both("backend=torchao,type=int8_weight_only"), "model_offload"], 12.189),
+        ([*_both("backend=quanto,type=int8"), "model_offload"], 12.166),
+        (["layerwise_casting@transformer", "model_offload"], 15.621),
+    ],
+)
+def test_reserved_peaks_of_flux_are_those_published(
+    strategies: list[str], published_gib: float
+) -> None:
+    """FLUX.1-dev on an H100, from https://huggingface.co/blog/diffusers-quantization (2025-05)."""
+    found = predict("flux.1-dev", strategies, machine=reference_machine(["h100-80gb"]))
+    assert found.peak_vram[0].reserved_bytes / GIB == pytest.approx(published_gib, rel=0.01)
