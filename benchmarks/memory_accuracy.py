@@ -45,6 +45,7 @@ from pipefit.cost_models.prediction import PhasePrediction
 from pipefit.cost_models.units import GIB
 from pipefit.planner.catalog import find_gpu, reference_machine
 
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 DOC = Path(__file__).parent.parent / "docs" / "accuracy.md"
@@ -144,15 +145,15 @@ def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
 
 
 def _in_pool(
-    work: Callable[[Setup], Result], setups: Mapping[str, Setup], num_workers: int, what: str
+    work: Callable[[Task], Result], tasks: Mapping[str, Task], num_workers: int, what: str
 ) -> dict[str, Result]:
-    """Do *work* for each of *setups* in processes of their own; says how far it is."""
+    """Do *work* for each of *tasks* in processes of their own; says how far it is."""
     found: dict[str, Result] = {}
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        for key, result in zip(setups, pool.map(work, setups.values()), strict=True):
+        for key, result in zip(tasks, pool.map(work, tasks.values()), strict=True):
             found[key] = result
-            done = f"{len(found)}/{len(setups)}"
-            print(f"{what} {done} {setups[key].pipeline}", file=sys.stderr, flush=True)
+            print(f"\r{what}: {len(found)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return found
 
 
@@ -203,8 +204,8 @@ class LeftOut:
 
     pipeline: str
     num_rows: int
-    rules: Mapping[str, str | None]
-    """Of the kinds of convolutions that it meets; None: no other pipeline has such."""
+    rules: held_out.Choice
+    """Of the kinds of convolutions that it meets."""
     error: float
     """Median absolute error."""
     lowest: float
@@ -219,35 +220,40 @@ def leave_one_out(rows: Sequence[Row], *, num_workers: int) -> list[LeftOut]:
         if row.counts and row.kind == "allocated" and row.setup and not _is_offloaded(row.setup)
     ]
     setups = {row.setup.key: row.setup for row in chosen if row.setup}
-    under_rules = _in_pool(_allocated_by_rule, setups, num_workers, "rules")
-    errors: dict[str, dict[str, list[tuple[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    asked = {key: (setup, _alternatives()) for key, setup in setups.items()}
+    under = _in_pool(_allocated_under, asked, num_workers, "rules")
+    errors: dict[str, dict[str, list[tuple[str, float]]]] = {
+        regime: {rule: [] for rule in held_out.RULES} for regime in held_out.OURS
+    }
     for row in chosen:
         assert row.setup is not None
-        for regime, by_rule in under_rules[row.setup.key].items():
-            for rule, num_bytes in by_rule.items():
-                error = _moved(row, num_bytes - by_rule[held_out.OURS[regime]])
+        ours_bytes, met, *by_choice = under[row.setup.key]
+        for choice, num_bytes in zip(_alternatives(), by_choice, strict=True):
+            ((regime, (rule,)),) = choice.items()
+            if regime in met:
+                error = _moved(row, num_bytes - ours_bytes)
                 errors[regime][rule].append((row.record["pipeline"], error))
+    best = {
+        pipeline: held_out.best_rules(errors, pipeline)
+        for pipeline in sorted({row.record["pipeline"] for row in chosen})
+    }
+    asked = {
+        row.setup.key: (row.setup, [best[row.record["pipeline"]]]) for row in chosen if row.setup
+    }
+    without = _in_pool(_allocated_under, asked, num_workers, "left out")
     found = []
-    for pipeline in sorted({row.record["pipeline"] for row in chosen}):
-        best = held_out.best_rules(errors, pipeline)
-        these = [row for row in chosen if row.record["pipeline"] == pipeline]
-        moved = []
-        met: set[str] = set()
-        for row in these:
-            assert row.setup is not None
-            by_regime = under_rules[row.setup.key]
-            met |= set(by_regime)
-            # Where two kinds of convolutions meet, one peak is theirs: the largest change counts.
-            changes = [
-                by_rule[best[regime] or LARGEST_RULE] - by_rule[held_out.OURS[regime]]
-                for regime, by_rule in by_regime.items()
-            ]
-            moved.append(_moved(row, max(changes, key=abs, default=0)))
+    for pipeline, rules in best.items():
+        moved, met = [], set()
+        for row in chosen:
+            if row.setup is not None and row.record["pipeline"] == pipeline:
+                ours_bytes, here, num_bytes = without[row.setup.key]
+                moved.append(_moved(row, num_bytes - ours_bytes))
+                met |= here
         found.append(
             LeftOut(
                 pipeline=pipeline,
-                num_rows=len(these),
-                rules={regime: best[regime] for regime in sorted(met)},
+                num_rows=len(moved),
+                rules={regime: rules[regime] for regime in sorted(met)},
                 error=statistics.median(map(abs, moved)),
                 lowest=min(moved),
             )
@@ -255,7 +261,9 @@ def leave_one_out(rows: Sequence[Row], *, num_workers: int) -> list[LeftOut]:
     return found
 
 
-LARGEST_RULE = list(held_out.RULES)[-1]
+def _alternatives() -> list[held_out.Choice]:
+    """Return every rule of every kind of convolution, one at a time."""
+    return [{regime: (rule,)} for regime in held_out.OURS for rule in held_out.RULES]
 
 
 def _is_offloaded(setup: Setup) -> bool:
@@ -268,20 +276,20 @@ def _moved(row: Row, delta_bytes: int) -> float:
     return (row.predicted_gib + delta_bytes / GIB) / row.published_gib - 1
 
 
-def _allocated_by_rule(setup: Setup) -> dict[str, dict[str, int]]:
-    """Return the allocated peak under every rule of every kind of convolution that is met."""
+def _allocated_under(asked: tuple[Setup, Sequence[held_out.Choice]]) -> tuple[Any, ...]:
+    """Return the allocated peak by our rules, the kinds met, and the peak by each choice."""
+    setup, choices = asked
     subject = subject_of(setup)
+    with held_out.ruled_by({}) as met:
+        ours_bytes = predict_setup(setup, subject).peak("allocated")
 
-    def allocated_under(choice: held_out.Choice) -> int:
+    def peak(choice: held_out.Choice) -> int:
+        if not met & choice.keys():
+            return ours_bytes
         with held_out.ruled_by(choice):
             return predict_setup(setup, subject).peak("allocated")
 
-    with held_out.ruled_by({}) as met:
-        predict_setup(setup, subject)
-    return {
-        regime: {rule: allocated_under({regime: rule}) for rule in held_out.RULES}
-        for regime in sorted(met)
-    }
+    return ours_bytes, set(met), *map(peak, choices)
 
 
 # -- figures
@@ -369,16 +377,19 @@ def _left_out_table(left_out: Sequence[LeftOut]) -> list[str]:
     lines = ["| pipeline | records | rules found without it | median error | most under |"]
     lines.append("|---|---:|---|---:|---:|")
     for one in left_out:
-        rules = "; ".join(
-            f"{regime}: {rule or 'no other evidence, the largest'}"
-            + ("" if rule == held_out.OURS[regime] else " **(not ours)**")
-            for regime, rule in one.rules.items()
-        )
+        rules = "; ".join(_rule_in_words(regime, found) for regime, found in one.rules.items())
         lines.append(
             f"| {one.pipeline} | {one.num_rows} | {rules or '–'} | {one.error:.2%} | "
             f"{min(0.0, one.lowest):+.2%} |"
         )
     return lines
+
+
+def _rule_in_words(regime: str, rules: Sequence[str]) -> str:
+    if len(rules) == len(held_out.RULES):
+        return f"{regime}: no other evidence, the largest"
+    marked = "" if held_out.OURS[regime] in rules else " **(not ours)**"
+    return f"{regime}: {' or '.join(rules)}{marked}"
 
 
 def _pipeline_table(rows: Sequence[Row], kind: Kind) -> list[str]:

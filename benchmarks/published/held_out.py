@@ -42,8 +42,8 @@ OURS = {
 }
 """The product's rules (cost_models/workspace.py) in these words."""
 
-Choice = Mapping[str, str]
-"""Regime -> rule."""
+Choice = Mapping[str, tuple[str, ...]]
+"""Kind of convolution -> rules, of which each convolution is charged the one that gives most."""
 
 
 def regime_of(kernel: Kernel, gpu: Gpu) -> str | None:
@@ -65,7 +65,7 @@ def regime_of(kernel: Kernel, gpu: Gpu) -> str | None:
 
 @contextmanager
 def ruled_by(choice: Choice) -> Iterator[set[str]]:
-    """Predict by *choice* instead of by the product's rules; yields the regimes that were met."""
+    """Predict by *choice* instead of by the product's rules; yields the kinds that were met."""
     met: set[str] = set()
 
     def scratch_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
@@ -75,7 +75,8 @@ def ruled_by(choice: Choice) -> Iterator[set[str]]:
         if regime not in choice:
             return workspace.scratch_bytes(kernel, gpu)
         copied = 0 if kernel.contiguous_input else kernel.input_bytes
-        return tuple(n for n in (copied, RULES[choice[regime]](kernel)) if n)
+        most = max(RULES[rule](kernel) for rule in choice[regime])
+        return tuple(n for n in (copied, most) if n)
 
     with (
         patch.object(replay, "scratch_bytes", scratch_bytes),
@@ -86,21 +87,19 @@ def ruled_by(choice: Choice) -> Iterator[set[str]]:
 
 def best_rules(
     errors: Mapping[str, Mapping[str, Iterable[tuple[str, float]]]], left_out: str
-) -> dict[str, str | None]:
-    """Return the rule of each regime that fits all pipelines but one; None: nobody else has it.
+) -> dict[str, tuple[str, ...]]:
+    """Return the rules of each kind that fit all pipelines but one; all where no other has it.
 
-    *errors* is regime -> rule -> (pipeline, error) of every record that meets the regime.
+    *errors* is kind -> rule -> (pipeline, error) of every record that meets the kind.
     """
-    found: dict[str, str | None] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for regime, by_rule in errors.items():
         scores = {rule: _score(rows, left_out) for rule, rows in by_rule.items()}
         known = {rule: score for rule, score in scores.items() if score is not None}
-        if not known:
-            found[regime] = None
-            continue
-        least = min(known.values())
-        alike = [rule for rule in RULES if known.get(rule, 1.0) <= least + INDIFFERENT]
-        found[regime] = alike[-1]
+        least = min(known.values(), default=0.0)
+        found[regime] = tuple(
+            rule for rule in by_rule if known.get(rule, least) <= least + INDIFFERENT
+        )
     return found
 
 

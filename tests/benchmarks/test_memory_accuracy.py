@@ -1,0 +1,352 @@
+"""The receipts: records become the right questions, and the figures of the page are what they say.
+
+No published record is part of the project; those here are made up, or read from beside the checkout
+and skipped where they are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.memory_accuracy import Row, page, rows_of, summary
+from benchmarks.published.changes import CHANGES
+from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
+from benchmarks.published.older_versions import as_until_0_30
+from benchmarks.published.partial_calls import OneComponent
+from benchmarks.published.records import (
+    PIPELINES,
+    RECORDS,
+    Unusable,
+    is_compiled_where_it_peaks,
+    load,
+    outside_bytes,
+    phases_of,
+    setup_of,
+    usable,
+    weights_are_published,
+)
+from diffusers.models.upsampling import Upsample2D
+from tests.small_pipelines import cogvideox, stable_diffusion_xl
+
+from pipefit.cost_models import replay
+from pipefit.cost_models.context import bare_context_bytes
+from pipefit.cost_models.workload import Kernel
+from pipefit.cost_models.workspace import workspace_bytes
+from pipefit.planner.build import build_pipeline
+from pipefit.planner.catalog import find_gpu, gpu_names, pipeline_names
+
+LEVERS = dict.fromkeys(
+    (
+        "offload",
+        "offload_params",
+        "quantization",
+        "layerwise_casting",
+        "attention",
+        "compile",
+        "fuse_qkv",
+        "other",
+        "vae_tiling",
+        "vae_slicing",
+    )
+)
+
+STATED = (
+    "flags",
+    "metric_scope",
+    "height",
+    "width",
+    "frames",
+    "batch_size",
+    "steps",
+    "guidance_scale",
+    "weights_gib",
+    "date",
+    "software",
+    "gpu",
+)
+
+
+def record(**given: Any) -> dict[str, Any]:
+    """Return a record of SD 1.5 with what is *given* put in its place."""
+    made: dict[str, Any] = {
+        **dict.fromkeys(STATED),
+        "id": "made-up",
+        "kind": "pipeline_peak",
+        "pipeline": "SD1.5",
+        "pipeline_class": "StableDiffusionPipeline",
+        "model_id": "a/model",
+        "dtypes": {"core": "float16", "text_encoders": "float16", "vae": "float16"},
+        "source": "nobody",
+        "quality": "A",
+        "use_for_peak_check": True,
+        "peak_kind": "allocated",
+        "peak_memory_gib": 3.0,
+    }
+    levers = {**LEVERS, **given.pop("levers", {})}
+    return {**made, **given, "levers": levers}
+
+
+def row(pipeline: str, error: float, **given: Any) -> Row:
+    """Return a row of *pipeline* that is off by *error*."""
+    return Row(
+        record=record(pipeline=pipeline),
+        kind="allocated",
+        published_gib=1.0,
+        predicted_gib=1.0 + error,
+        **given,
+    )
+
+
+def convolution(**given: Any) -> Kernel:
+    """Return a convolution whose bytes can be told apart."""
+    facts: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "shape": (1, 64, 32, 1, 0, 16, 16, 16, 16, 3, 3),
+        "input_bytes": 1000,
+        "weight_bytes": 100,
+        "output_bytes": 10,
+        **given,
+    }
+    return Kernel(kind="conv", name="aten.convolution", read_bytes=0, write_bytes=0, **facts)
+
+
+def test_a_record_becomes_a_call_a_gpu_and_strategies() -> None:
+    setup = setup_of(
+        record(
+            height=768,
+            batch_size=4,
+            steps=30,
+            guidance_scale=7.5,
+            gpu="NVIDIA A10G 24GB",
+            dtypes={"core": "float16", "text_encoders": "float16", "vae": "float32"},
+            levers={
+                "offload": "group",
+                "offload_params": "all components: block_level, num_blocks_per_group=2, use_stream",
+            },
+        )
+    )
+    assert setup.pipeline == "stable-diffusion-v1-5"
+    assert setup.gpu == "a10g"
+    assert setup.dtype == {"default": "float16", "vae": "float32"}
+    assert setup.call == {
+        "height": 768,
+        "num_inference_steps": 30,
+        "guidance_scale": 7.5,
+        "num_images_per_prompt": 4,
+    }
+    assert setup.strategies == (
+        "group_offload:offload_type=block_level,num_blocks_per_group=2,use_stream=true",
+    )
+    assert setup.changes == ()
+
+
+def test_storage_formats_go_to_the_components_that_a_record_names() -> None:
+    setup = setup_of(
+        record(
+            pipeline="FLUX.1-dev",
+            levers={
+                "quantization": "GGUF Q8_0 (transformer) + torchao float8_weight_only (T5-XXL)",
+                "layerwise_casting": "transformer fp8_e4m3 storage, bf16 compute",
+                "offload": "model",
+            },
+        )
+    )
+    assert setup.strategies == (
+        "quantization:backend=gguf,type=Q8_0@transformer",
+        "quantization:backend=torchao,type=float8_weight_only@text_encoder_2",
+        "layerwise_casting:storage_dtype=float8_e4m3fn@transformer",
+        "model_offload",
+    )
+    unknown = record(weights_gib=5.0, levers={"quantization": "torchao sparsify (transformer)"})
+    assert weights_are_published(unknown)
+    assert not weights_are_published(record())
+
+
+def test_a_figure_of_denoising_alone_leaves_the_decode_out() -> None:
+    counts = phases_of(record(metric_scope="denoising (decode excluded)"))
+    assert counts("denoise")
+    assert not counts("decode")
+    assert phases_of(record())("decode")
+
+
+def test_what_was_in_use_before_a_measurement_is_left_out() -> None:
+    gpu = find_gpu("rtx-5090")
+    assert outside_bytes(record(), gpu) == 0
+    assert outside_bytes(record(flags=["baseline_subtracted"]), gpu) == bare_context_bytes(gpu) > 0
+
+
+def test_a_rule_is_found_without_the_pipeline_that_it_is_tested_on() -> None:
+    """Two pipelines fit one rule; the third alone, left out, would have chosen another."""
+    fits = {"nothing": 0.3, "input + weight": 0.0, "input + result + weight": 0.2}
+    other = {"nothing": 0.0, "input + weight": 0.3, "input + result + weight": 0.6}
+    errors = {
+        "NCHW, 32 bits": {
+            rule: [("first", fits[rule]), ("second", fits[rule]), ("third", other[rule])]
+            for rule in fits
+        }
+    }
+    assert best_rules(errors, "third") == {"NCHW, 32 bits": ("input + weight",)}
+    only = {"NCHW, 32 bits": {rule: [("third", other[rule])] for rule in other}}
+    assert best_rules(only, "third") == {"NCHW, 32 bits": tuple(other)}
+
+
+def test_rules_that_records_do_not_tell_apart_give_way_to_the_larger() -> None:
+    alike = ("input", "result + weight")
+    errors = {"channels_last": {r: [("a", 0.01 if r in alike else 0.2)] for r in RULES}}
+    assert best_rules(errors, "b") == {"channels_last": alike}
+    gpu = find_gpu("a100-80gb")
+    for input_bytes, output_bytes in ((4000, 1000), (1000, 4000)):
+        kernel = convolution(channels_last=True, input_bytes=input_bytes, output_bytes=output_bytes)
+        with ruled_by(best_rules(errors, "b")) as met:
+            assert sum(replay.scratch_bytes(kernel, gpu)) == max(input_bytes, output_bytes + 100)
+        assert met == {"channels_last"}
+
+
+def test_the_products_rules_are_those_that_held_out_pipelines_are_compared_with() -> None:
+    """The same scratch in the words of the comparison as in the product."""
+    for gpu_name, dtype in (("a100-80gb", "bfloat16"), ("a100-80gb", "float32"), ("t4", "float16")):
+        for channels_last in (False, True):
+            kernel = convolution(dtype=dtype, channels_last=channels_last)
+            gpu = find_gpu(gpu_name)
+            regime = regime_of(kernel, gpu)
+            assert regime is not None
+            assert RULES[OURS[regime]](kernel) == workspace_bytes(kernel, gpu)
+
+
+def test_what_a_source_did_besides_is_carried_out() -> None:
+    setup = setup_of(
+        record(
+            date="2023-12",
+            source="diffusion-fast",
+            levers={"fuse_qkv": True, "attention": "eager (AttnProcessor)"},
+        )
+    )
+    assert setup.changes == (
+        "no safety checker",
+        "attention without SDPA",
+        "diffusers 0.30",
+        "fused QKV",
+    )
+    assert set(setup.changes) <= set(CHANGES)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pipeline": "of another library"},
+        {"levers": {"offload": "group", "offload_params": "not visible"}},
+        {"levers": {"offload": "ComponentsManager"}},
+        {"kind": "component_forward", "pipeline_class": "Unheard"},
+    ],
+)
+def test_what_cannot_be_asked_is_said(given: dict[str, Any]) -> None:
+    with pytest.raises(Unusable):
+        setup_of(record(**given))
+
+
+def test_catalogue_names_of_the_records_exist() -> None:
+    assert set(PIPELINES.values()) <= set(pipeline_names())
+
+
+def test_a_compiled_component_counts_where_the_peak_is_its_own() -> None:
+    decoder = record(levers={"compile": "unet/transformer + vae.decode, max-autotune"})
+    denoiser = record(levers={"compile": "transformer max-autotune"})
+    assert is_compiled_where_it_peaks(decoder, "decode")
+    assert not is_compiled_where_it_peaks(denoiser, "decode")
+    assert is_compiled_where_it_peaks(denoiser, "denoise")
+    assert not is_compiled_where_it_peaks(record(), "decode")
+
+
+def test_every_pipeline_weighs_the_same() -> None:
+    rows = [row("many", 0.10)] * 9 + [row("one", -0.02), row("other", 0.0)]
+    found = summary(rows)
+    assert (found.num_rows, found.num_pipelines) == (11, 3)
+    assert found.median == pytest.approx(0.02)
+    assert found.ninetieth == pytest.approx(0.10)
+    assert found.worst == pytest.approx(0.10)
+    assert found.lowest == pytest.approx(-0.02)
+    assert found.share_under == pytest.approx(1 / 3)
+
+
+def test_the_page_shows_every_record_and_why_one_has_no_prediction() -> None:
+    missing = Row(
+        record=record(id="missing"), kind="reserved", published_gib=2.0, note="not in the catalogue"
+    )
+    setup = setup_of(record())
+    text = page([row("SD1.5", 0.01, setup=setup), missing], [], 1.0)
+    assert "| made-up | a100-80gb | 1.000 | 1.010 | +1.00% |" in text
+    assert "| missing | | 2.000 | – | – | not in the catalogue |" in text
+
+
+def test_older_classes_compute_what_the_newer_do() -> None:
+    newer = cogvideox().vae
+    older = copy.deepcopy(newer)
+    as_until_0_30(_Pipe(older))
+    assert type(older.decoder.conv_in).__name__ == "CausalConv3dUntil030"
+    torch.manual_seed(0)
+    z = torch.randn(1, 4, 3, 8, 12)
+    video = torch.randn(1, 3, 9, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(newer.decode(z).sample, older.decode(z).sample, atol=1e-5)
+        assert torch.allclose(
+            newer.encode(video).latent_dist.mode(),
+            older.encode(video).latent_dist.mode(),
+            atol=1e-5,
+        )
+
+
+def test_older_upsampling_goes_through_float32() -> None:
+    module = Upsample2D(8, use_conv=True).to(torch.bfloat16)
+    older = copy.deepcopy(module)
+    as_until_0_30(_Pipe(older))
+    x = torch.randn(1, 8, 4, 4).to(torch.bfloat16)
+    assert type(older).__name__ == "Upsample2DUntil030"
+    with torch.no_grad():
+        assert torch.equal(module(x), older(x))
+
+
+def test_one_component_makes_its_own_inputs() -> None:
+    vae = stable_diffusion_xl().vae
+    called = OneComponent(vae)("decode", {"z": ("float32", (1, 4, 8, 8)), "return_dict": False})
+    assert called[0].shape[:2] == (1, 3)
+
+
+@pytest.mark.slow
+def test_each_change_can_be_traced() -> None:
+    from pipefit import predict
+    from pipefit.planner.catalog import reference_machine
+
+    found = {}
+    for change in ("no safety checker", "fused QKV", "attention without SDPA"):
+        pipe, _ = build_pipeline("stable-diffusion-v1-5")
+        CHANGES[change](pipe)
+        predicted = predict(
+            pipe, call={"num_inference_steps": 1}, machine=reference_machine(["t4"])
+        )
+        found[change] = max(phase.weights_bytes for phase in predicted.phases)
+    assert found["no safety checker"] < found["attention without SDPA"] < found["fused QKV"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not RECORDS.exists(), reason="the published records are not beside the checkout"
+)
+def test_published_peaks_are_predicted_as_the_readme_says() -> None:
+    """Two pipelines whose traces are short; the whole table is benchmarks/memory_accuracy.py."""
+    chosen = [r for r in load() if r["pipeline"] in ("SDXL", "Qwen-Image VAE")]
+    rows = rows_of(chosen, num_workers=1)
+    assert {r.setup.gpu for r in rows if r.setup} <= set(gpu_names())
+    assert all(usable(r.record) for r in rows)
+    found = summary([r for r in rows if r.counts])
+    assert found.median <= 0.005
+    assert found.lowest >= -0.02
+
+
+class _Pipe:
+    """The one attribute of a pipeline that exchanging classes needs."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.components = {"module": module}
