@@ -152,6 +152,11 @@ def phases_of(record: Record) -> Callable[[str], bool]:
     return lambda phase: True
 
 
+def is_of_whole_process(record: Record) -> bool:
+    """Whether the record's host RAM is that of a process which loaded the pipeline itself."""
+    return str(record["metric_scope"]).startswith("whole process")
+
+
 def counts_inputs(record: Record) -> bool:
     """Whether the record's figure holds what the call was given."""
     return not str(record["metric"]).startswith("extra memory")
@@ -185,7 +190,30 @@ def weights_are_published(record: Record) -> bool:
     return bool(quantised) and not quantization_options(record)
 
 
-EXPLANATIONS: tuple[tuple[str, str], ...] = ()
+COMPILED = "the component that peaks was compiled (docs/memory.md)"
+EXPLANATIONS: tuple[tuple[str, str], ...] = (
+    (
+        "flux-4090-nf4-compile-modeloffload",
+        "peak of loading: bitsandbytes quantises on the GPU, all weights together before offload",
+    ),
+    ("cvaeT", COMPILED),
+    ("compile", COMPILED),
+    (
+        "quanto-fp8-gpu",
+        "weights fit if T5's wo was quantised too, which the loader's source says is left out",
+    ),
+    (
+        "quanto-int4-gpu",
+        "weights fit if T5's wo was in float32, which the loader's source says is in 16 bits",
+    ),
+    (
+        "torchao-float8_weight_only",
+        "layers unpacked in float32 as torchao 0.18 does; in 16 bits they would fit",
+    ),
+    ("ltx23", "development version, March 2026; two runs of one encode differ by 9 %"),
+    ("record", "run-ahead: launch, copy and compute times are known to 20 % at best"),
+    ("layerwise_leaf", "run-ahead: launch, copy and compute times are known to 20 % at best"),
+)
 """Part of a record's id -> why its prediction is off; what is not here is unexplained."""
 
 
@@ -333,6 +361,9 @@ FORMATS: tuple[tuple[str, str], ...] = (
 )
 """What a part of ``levers.quantization`` says -> parameters of the strategy."""
 
+T5 = {"FLUX.1": "text_encoder_2", "CogVideoX": "text_encoder"}
+"""How a pipeline's name begins -> its component that is a T5."""
+
 DIRECTLY = "diffusers-torchao"
 """Sources, by a part of their ``source``, that call torchao's ``quantize_`` on a loaded component,
 which leaves no linear layer out."""
@@ -345,19 +376,26 @@ def quantization_options(record: Record) -> tuple[str, ...]:
         Unusable: if the run chose formats by itself.
     """
     said = record["levers"]["quantization"] or ""
+    if not said:
+        return ()
     if "autoquant" in said:
         raise Unusable("autoquant chose a format for each layer, and its weights are not stated")
     found = []
     for part in said.split(" + ") if said.count("(") > 1 else [said]:
         words, _, where = part.partition(" (")
         parameters = _format(words.strip())
+        if parameters is None and record["weights_gib"] is None:
+            raise Unusable(f"how {words} stores weights is not known, and their size not stated")
         if parameters is None:
             return ()
         if DIRECTLY in record["source"]:
             parameters += ",all_linear=true"
-        found += [
-            f"quantization:{parameters}@{name}" for name in _components(record, where.rstrip(")"))
-        ]
+        for name in _components(record, where.rstrip(")")):
+            # transformers 4 loads T5's wo in float32 beside bitsandbytes' layers:
+            # use_keep_in_fp32_modules in its quantizers/quantizer_bnb_4bit.py and _8bit.py, 4.52.
+            is_kept = "bitsandbytes" in parameters and name in T5.values()
+            kept = ",kept_dtype=float32" if is_kept else ""
+            found.append(f"quantization:{parameters}{kept}@{name}")
     return tuple(found)
 
 
@@ -372,8 +410,9 @@ def _components(record: Record, where: str) -> Iterator[str]:
     """Yield the components that *where* names: ``transformer + T5``."""
     for word in re.split(r" \+ |, ", where):
         if word.startswith("T5"):
-            yield "text_encoder_2" if record["pipeline"].startswith("FLUX") else "text_encoder"
-        else:
+            yield T5[record["pipeline"].split("-")[0]]
+        elif word != "VAE" or not record["pipeline"].startswith("CogVideoX"):
+            # CogVideoX's autoencoder has no linear layer, and only those are quantised.
             yield {"text encoder": "text_encoder", "VAE": "vae"}.get(word, word)
 
 

@@ -55,6 +55,8 @@ LEVERS = dict.fromkeys(
 
 STATED = (
     "flags",
+    "cpu_ram_gib",
+    "metric",
     "metric_scope",
     "height",
     "width",
@@ -160,6 +162,10 @@ def test_storage_formats_go_to_the_components_that_a_record_names() -> None:
         "layerwise_casting:storage_dtype=float8_e4m3fn@transformer",
         "model_offload",
     )
+    kept = setup_of(
+        record(pipeline="FLUX.1-dev", levers={"quantization": "bnb nf4 (transformer + T5)"})
+    )
+    assert kept.strategies[1].endswith("kept_dtype=float32@text_encoder_2")
     unknown = record(weights_gib=5.0, levers={"quantization": "torchao sparsify (transformer)"})
     assert weights_are_published(unknown)
     assert not weights_are_published(record())
@@ -239,6 +245,9 @@ def test_what_a_source_did_besides_is_carried_out() -> None:
         {"pipeline": "of another library"},
         {"levers": {"offload": "group", "offload_params": "not visible"}},
         {"levers": {"offload": "ComponentsManager"}},
+        {"levers": {"other": "somebody's cache"}},
+        {"levers": {"quantization": "torchao autoquant (unet)"}, "weights_gib": 5.0},
+        {"levers": {"quantization": "torchao sparsify (unet)"}},
         {"kind": "component_forward", "pipeline_class": "Unheard"},
     ],
 )
