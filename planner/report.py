@@ -157,9 +157,11 @@ def describe_option(option: Option) -> str:
 
     >>> describe_option(Option(strategy="vae_tiling", parameters={"tile_px": 512, "stream": False}))
     'vae_tiling: tile_px=512'
+    >>> describe_option(Option(strategy="group_offload", parameters={"block_modules": ["encoder"]}))
+    'group_offload: block_modules=encoder'
     """
     parts = [
-        name if value is True else f"{name}={value}"
+        name if value is True else f"{name}={'+'.join(value) if isinstance(value, list) else value}"
         for name, value in option.parameters.items()
         if value is not None and value is not False
     ]

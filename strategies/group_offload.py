@@ -98,7 +98,7 @@ class GroupOffload:
         """
         block: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
         if component.traits.get("block_modules"):
-            block["block_modules"] = tuple(component.traits["block_modules"])
+            block["block_modules"] = list(component.traits["block_modules"])
         plain: list[dict[str, Any]] = [{"offload_type": "leaf_level"}, block]
         offered = list(plain)
         has_streams = gpu.architecture not in STREAMLESS_ARCHITECTURES
