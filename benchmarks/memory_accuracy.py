@@ -434,8 +434,9 @@ def _summary_table(rows: Sequence[Row]) -> list[str]:
             continue
         s = summary(found)
         lines.append(
-            f"| {kind}{', ‡ too' if with_compiled else ''} | {s.num_pipelines} | {s.num_rows} | {s.median:.2%} | {s.ninetieth:.2%} | "
-            f"{s.worst:.1%} | {min(0.0, s.lowest):+.1%} | {s.share_under:.0%} |"
+            f"| {kind}{', ‡ too' if with_compiled else ''} | {s.num_pipelines} | {s.num_rows} | "
+            f"{s.median:.2%} | {s.ninetieth:.2%} | {s.worst:.1%} | {min(0.0, s.lowest):+.1%} | "
+            f"{s.share_under:.0%} |"
         )
     return lines
 
