@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.published.older_versions import as_until_0_30
 from benchmarks.published.partial_calls import prompt_only, with_embeddings
@@ -65,10 +65,7 @@ def ip_adapter(pipe: DiffusionPipeline) -> None:
                 hidden_act="gelu",
             )
         )
-    pipe.register_modules(
-        image_encoder=encoder.to(pipe.unet.dtype).eval(),
-        feature_extractor=pipe.feature_extractor or CLIPImageProcessor(),
-    )
+    pipe.register_modules(image_encoder=encoder.to(pipe.unet.dtype).eval())
     text_width = pipe.unet.config.cross_attention_dim
     width = IP_ADAPTER_TOKENS * text_width
     image_proj = {
@@ -89,8 +86,11 @@ def ip_adapter(pipe: DiffusionPipeline) -> None:
             shape = (module.to_q.out_features, text_width)
             projections[f"{2 * i + 1}.{name}.weight"] = torch.zeros(shape)
     with quietly():
-        pipe.unet._load_ip_adapter_weights(
-            [{"image_proj": image_proj, "ip_adapter": projections}], low_cpu_mem_usage=False
+        pipe.load_ip_adapter(
+            {"image_proj": image_proj, "ip_adapter": projections},
+            subfolder="",
+            weight_name="",
+            low_cpu_mem_usage=False,
         )
 
 

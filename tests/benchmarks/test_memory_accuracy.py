@@ -29,7 +29,7 @@ from benchmarks.published.records import (
     weights_are_published,
 )
 from diffusers.models.upsampling import Upsample2D
-from tests.small_pipelines import cogvideox, stable_diffusion_xl
+from tests.small_pipelines import cogvideox, small_call, stable_diffusion_xl
 
 from pipefit.cost_models import replay
 from pipefit.cost_models.context import bare_context_bytes
@@ -321,6 +321,33 @@ def test_one_component_makes_its_own_inputs() -> None:
     vae = stable_diffusion_xl().vae
     called = OneComponent(vae)("decode", {"z": ("float32", (1, 4, 8, 8)), "return_dict": False})
     assert called[0].shape[:2] == (1, 3)
+
+
+def test_an_ip_adapter_is_as_large_as_published() -> None:
+    """22 M parameters (arXiv 2308.06721) and an encoder of 632.08 M (h94/IP-Adapter's card)."""
+    pipe, _ = build_pipeline("stable-diffusion-v1-5")
+    before = pipe.unet.num_parameters()
+    CHANGES["IP-Adapter"](pipe)
+    assert (pipe.unet.num_parameters() - before) / 1e6 == pytest.approx(22, abs=0.5)
+    assert pipe.image_encoder.num_parameters() / 1e6 == pytest.approx(632.08, abs=0.01)
+
+
+def test_a_part_of_a_call_takes_what_the_whole_call_would() -> None:
+    """Of two small pipelines, one ends after its prompt, one starts from embeddings."""
+    pipe = stable_diffusion_xl()
+    CHANGES["prompt only"](pipe)
+    prompt, *_ = pipe(prompt="a")
+    assert prompt.shape == (1, 77, pipe.unet.config.cross_attention_dim)
+    pipe, call = cogvideox(), small_call("cogvideox")
+    width = pipe.text_encoder.config.d_model
+    CHANGES["embeddings given"](pipe)
+    assert pipe.text_encoder is None
+    given = dict.fromkeys(
+        ("prompt_embeds", "negative_prompt_embeds"),
+        ("float32", (1, call["max_sequence_length"], width)),
+    )
+    call = {**call, **given, "prompt": None, "output_type": "latent"}
+    assert pipe(**call).frames.shape[:2] == (1, 3)  # nine frames
 
 
 @pytest.mark.slow
