@@ -10,19 +10,13 @@ launches, and whatever reads a value back.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 
 from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.placement import GroupOffload, Placement
-from pipefit.cost_models.transfers import (
-    COPY_LATENCY_S,
-    PIN_BLOCK_BYTES_PER_S,
-    PIN_LEAF_BYTES_PER_S,
-    link_rates,
-)
+from pipefit.cost_models.placement import GroupOffload
+from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
 from pipefit.cost_models.workload import SYNCHRONISE, Kernel
 
 LAUNCH_QUEUE = 1024
@@ -77,9 +71,9 @@ class Clock:
         """A hook asks for a group: the copies before it must have arrived."""
         self.host_s = max(self.host_s, self._copied_s) + GROUP_HOOK_S
 
-    def copy(self, num_bytes: int, placement: Placement, *, is_blocking: bool) -> None:
+    def copy(self, num_bytes: int, placement: GroupOffload, *, is_blocking: bool) -> None:
         """Queue the copy of a tensor, page-locked first where *placement* keeps it pageable."""
-        self.host_s += COPY_LATENCY_S + num_bytes / _source_bytes_per_s(placement)
+        self.host_s += COPY_LATENCY_S + num_bytes / pin_bytes_per_s(placement)
         self._copied_s = max(self._copied_s, self.host_s) + num_bytes / self._h2d_bytes_per_s
         if is_blocking:
             self.host_s = self._copied_s
@@ -92,13 +86,3 @@ class Clock:
         """Advance as a call did of which :meth:`since` said that."""
         self.host_s += host_s
         self.gpu_s = self.host_s + ahead_s
-
-
-def _source_bytes_per_s(placement: Placement) -> float:
-    """Return the rate at which tensors come to page-locked memory before they are copied."""
-    if not isinstance(placement, GroupOffload):
-        return math.inf
-    if placement.low_cpu_mem_usage or placement.offload_to_disk_path is not None:
-        is_leaf = placement.offload_type == "leaf_level"
-        return PIN_LEAF_BYTES_PER_S if is_leaf else PIN_BLOCK_BYTES_PER_S
-    return math.inf

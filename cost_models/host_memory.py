@@ -5,7 +5,8 @@ resident set = process + anonymous copies + pinned copies + pages of the files b
 Weights in safetensors files are mapped, not read: loaded in the dtype that is stored, a component
 takes nothing until something reads it, and then pages of its file, which stay until the last tensor
 of that file is replaced. What makes RAM of its own is a cast while loading, a round trip to the GPU
-(``.to("cpu")`` allocates anew) and pinning. Easily overlooked: pages of a file count in the
+(``.to("cpu")`` allocates anew) and pinning. Weights that group offloading puts on disk take none,
+but what a cast had made may stay with the process. Easily overlooked: pages of a file count in the
 resident set, but the kernel takes them back before it runs out; so :func:`host_bytes`, which a RAM
 budget is compared with, leaves them out, and :func:`host_peak`, which a monitor would show, counts
 them. Pictures and videos handed over at the end are not counted.
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -30,8 +32,8 @@ from pipefit.cost_models.placement import (
     Resident,
     SequentialOffload,
 )
-from pipefit.cost_models.residency import Group, offload_groups
-from pipefit.cost_models.units import GIB
+from pipefit.cost_models.residency import Group, load_order, offload_groups
+from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Component
 
 LOADING_PROCESS_BYTES = 1 * GIB
@@ -56,6 +58,12 @@ FILE_BYTES: Mapping[str, int] = {"diffusers": 10 * 10**9}
 OTHER_FILE_BYTES = 5 * 10**9
 """The same for transformers up to version 4, which saved nearly all published text encoders."""
 
+MAPPED_ALLOCATION_BYTES = 32 * MIB
+"""From this size on glibc always maps an allocation of its own, which goes back when it is freed.
+
+``DEFAULT_MMAP_THRESHOLD_MAX`` on 64 bits (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostBytes:
@@ -74,6 +82,8 @@ class HostPeak:
     call_bytes: int
     """From the first call on."""
     pinned_bytes: int
+    disk_bytes: int
+    """Files that group offloading writes once and reads for every forward."""
 
     @property
     def peak_bytes(self) -> int:
@@ -85,14 +95,13 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
     """Return the RAM that the weights of *component* take while it is away from the GPU."""
     if isinstance(placement, Resident):
         return HostBytes()
+    pageable_bytes = 0 if _is_on_disk(placement) else component.weight_bytes
     if isinstance(placement, ModelOffload | SequentialOffload) or not placement.use_stream:
-        return HostBytes(pageable_bytes=component.weight_bytes)
+        return HostBytes(pageable_bytes=pageable_bytes)
     groups = offload_groups(component, placement)
-    if placement.low_cpu_mem_usage:
-        return HostBytes(
-            pageable_bytes=component.weight_bytes,
-            pinned_bytes=_kept_bytes(_staging_blocks(groups.groups)),
-        )
+    if not placement.is_pinned_ahead:
+        staged_bytes = _kept_bytes(_staging_blocks(groups.groups))
+        return HostBytes(pageable_bytes=pageable_bytes, pinned_bytes=staged_bytes)
     return HostBytes(
         pageable_bytes=groups.unmatched_bytes,
         pinned_bytes=sum(map(pinned_bytes, _tensor_bytes(groups.groups))),
@@ -148,11 +157,10 @@ def host_peak(
     for component in components:
         placement = placements.get(component.name)
         if isinstance(placement, GroupOffload) and placement.use_stream:
-            if placement.low_cpu_mem_usage:
-                if component.name in called:
-                    staging |= _staging_blocks(offload_groups(component, placement).groups)
-            else:
+            if placement.is_pinned_ahead:
                 pinned[component.name] = host_bytes(component, placement).pinned_bytes
+            elif component.name in called:
+                staging |= _staging_blocks(offload_groups(component, placement).groups)
 
     for component in sorted(
         (c for c in components if c.name in called),
@@ -160,6 +168,12 @@ def host_peak(
     ):
         placement = placements.get(component.name)
         if placement is None or isinstance(placement, Resident):
+            continue
+        if _is_on_disk(placement):
+            # One group's file is mapped while it is read.
+            groups = offload_groups(component, placement).all
+            file_bytes = max((group.num_bytes for group in groups), default=0)
+            call_bytes = max(call_bytes, sum(held.values()) + file_bytes)
             continue
         others_bytes = sum(held.values()) - held[component.name]
         is_mapped = component.name not in stored
@@ -174,19 +188,32 @@ def host_peak(
         load_bytes=LOADING_PROCESS_BYTES + load_bytes,
         call_bytes=PROCESS_BYTES + call_bytes + _kept_bytes(staging),
         pinned_bytes=sum(pinned.values()) + _kept_bytes(staging),
+        disk_bytes=sum(
+            component.weight_bytes
+            for component in components
+            if _is_on_disk(placements.get(component.name))
+        ),
     )
+
+
+def _is_on_disk(placement: Placement | None) -> TypeGuard[GroupOffload]:
+    return isinstance(placement, GroupOffload) and placement.offload_to_disk_path is not None
 
 
 def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> tuple[int, int]:
     """Return the most that *component* takes while it is placed, and what it takes then."""
     weight_bytes = component.weight_bytes
     before_bytes = 0 if is_mapped else weight_bytes
-    if isinstance(placement, Resident):
+    if isinstance(placement, Resident) or _is_on_disk(placement):
         # Each file's pages go with its last tensor.
         pages_bytes = max(_files(component, weight_bytes), default=0)
-        return (pages_bytes if is_mapped else weight_bytes), 0
-    streams = isinstance(placement, GroupOffload) and placement.use_stream
-    if not isinstance(placement, GroupOffload) or not streams or placement.low_cpu_mem_usage:
+        kept_bytes = 0
+        if _is_on_disk(placement) and not is_mapped:
+            # Placeholders of the same size come instead (ModuleGroup._offload_to_disk). Nobody
+            # writes to them, but small ones are cut from the heap that the weights have left.
+            kept_bytes = sum(n for n in load_order(component) if n < MAPPED_ALLOCATION_BYTES)
+        return (pages_bytes if is_mapped else weight_bytes), kept_bytes
+    if not isinstance(placement, GroupOffload) or not placement.is_pinned_ahead:
         return before_bytes, before_bytes
     # What no group streams is neither read nor copied yet.
     groups = offload_groups(component, placement)

@@ -35,12 +35,11 @@ from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
     GROUP_SYNC_S,
-    PIN_BLOCK_BYTES_PER_S,
-    PIN_LEAF_BYTES_PER_S,
     SEQUENTIAL_TENSOR_S,
     TRANSFER_SPREAD,
     LinkRates,
     link_rates,
+    pin_bytes_per_s,
 )
 from pipefit.cost_models.workload import SYNCHRONISE, Component, Kernel, Workload
 from pipefit.errors import InvalidRequest
@@ -596,9 +595,7 @@ def _group_loads(
             exposed_s += copy_s
         if not placement.record_stream:
             exposed_s += executions[group.paths[0]] * GROUP_SYNC_S
-        if placement.low_cpu_mem_usage or placement.offload_to_disk_path is not None:
-            is_block = placement.offload_type == "block_level"
-            exposed_s += num_bytes / (PIN_BLOCK_BYTES_PER_S if is_block else PIN_LEAF_BYTES_PER_S)
+        exposed_s += num_bytes / pin_bytes_per_s(placement)
     streamed_bytes, _ = _loaded(streamed, executions)
     return _Transfer(
         hidden_s=hidden_s,

@@ -37,5 +37,14 @@ class GroupOffload:
     offload_to_disk_path: str | None = None
     block_modules: tuple[str, ...] = ()
 
+    @property
+    def is_pinned_ahead(self) -> bool:
+        """Whether weights lie in page-locked memory all the time, not only while they are copied.
+
+        From disk each tensor is pinned after it is read, whatever ``low_cpu_mem_usage`` says
+        (``ModuleGroup._onload_from_disk`` in hooks/group_offloading.py, diffusers 0.42.1).
+        """
+        return self.use_stream and not self.low_cpu_mem_usage and self.offload_to_disk_path is None
+
 
 Placement = Resident | ModelOffload | SequentialOffload | GroupOffload

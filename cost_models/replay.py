@@ -237,6 +237,7 @@ class Replay:
         if clock is None:
             return [self._allocate_weight(num_bytes, stream) for num_bytes in sizes]
         placement = self.choices[component].placement
+        assert isinstance(placement, GroupOffload)
         blocks = []
         clock.begin_group()
         for num_bytes in sizes:

@@ -20,9 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from pipefit.cost_models.placement import (
-    GroupOffload,
-)
+from pipefit.cost_models.placement import GroupOffload
 from pipefit.cost_models.workload import Component, TensorInfo, Workload
 
 DECLARED_BLOCKS = "declared_block_modules"
@@ -131,13 +129,22 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
     num_blocks = 1 if placement.use_stream else placement.num_blocks_per_group or 1
     block_modules = placement.block_modules or tuple(component.traits.get(DECLARED_BLOCKS, ()))
     return _block_groups(
-        _ByIdentity(component), num_blocks, block_modules, is_streamed=placement.use_stream
+        _ByIdentity(component),
+        num_blocks,
+        block_modules,
+        is_streamed=placement.use_stream,
+        is_on_disk=placement.offload_to_disk_path is not None,
     )
 
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
 def _block_groups(
-    of: _ByIdentity, num_blocks: int, block_modules: tuple[str, ...], *, is_streamed: bool
+    of: _ByIdentity,
+    num_blocks: int,
+    block_modules: tuple[str, ...],
+    *,
+    is_streamed: bool,
+    is_on_disk: bool,
 ) -> Groups:
     component = of.component
     children, below = _children(component), _by_prefix(component)
@@ -181,7 +188,8 @@ def _block_groups(
         if has_rest or rest:
             # The group lists the buffers of its modules as well, and Module.to makes new ones: from
             # the second forward on, old and new are both loaded (ModuleGroup._offload_to_memory).
-            tensor_bytes = (*_storages(missing), *_storages(twice))
+            # What goes to disk stays the same tensor.
+            tensor_bytes = (*_storages(missing), *(() if is_on_disk else _storages(twice)))
             unmatched.insert(place, Group(paths=(root,), tensor_bytes=tensor_bytes))
 
     cut("", frozenset())

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.placement import GroupOffload
 from pipefit.errors import InvalidRequest
 
 PCIE_LANE_BYTES_PER_S = {
@@ -72,6 +73,17 @@ https://forums.developer.nvidia.com/t/56270 take 7 to 10 microseconds up to 16 K
 TRANSFER_SPREAD = 1.6
 """Factor by which a real transfer may be faster or slower than these constants say: 10 and 25 GB/s
 around the 15.8 of :data:`STREAM_SHARE`; the pageable rows spread alike."""
+
+
+def pin_bytes_per_s(placement: GroupOffload) -> float:
+    """Return the rate at which streamed weights are page-locked before each copy.
+
+    Infinite where that was done when the hooks were attached.
+    """
+    if placement.is_pinned_ahead:
+        return math.inf
+    is_leaf = placement.offload_type == "leaf_level"
+    return PIN_LEAF_BYTES_PER_S if is_leaf else PIN_BLOCK_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -380,7 +380,7 @@ class Pricing:
             latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=0,
+            disk_bytes=host.disk_bytes,
             assumptions=(*self.workload.assumptions, *_host_notes(host)),
         )
 

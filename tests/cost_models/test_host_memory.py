@@ -38,6 +38,8 @@ LEAVES_STREAMED = GroupOffload(offload_type="leaf_level", use_stream=True)
 LEAVES_LEAN = replace(LEAVES_STREAMED, low_cpu_mem_usage=True)
 BLOCKS = GroupOffload(offload_type="block_level", num_blocks_per_group=1)
 BLOCKS_STREAMED = replace(BLOCKS, use_stream=True)
+LEAVES_ON_DISK = replace(LEAVES, offload_to_disk_path="weights")
+BLOCKS_STREAMED_FROM_DISK = replace(BLOCKS_STREAMED, offload_to_disk_path="weights")
 PLACEMENTS: list[Placement] = [
     Resident(),
     ModelOffload(),
@@ -47,6 +49,8 @@ PLACEMENTS: list[Placement] = [
     LEAVES_LEAN,
     BLOCKS,
     BLOCKS_STREAMED,
+    LEAVES_ON_DISK,
+    BLOCKS_STREAMED_FROM_DISK,
 ]
 LAYER_BYTES = [1000, 1025, 4096]
 STACK = linear_stack("unet", LAYER_BYTES, top_bytes=300)
@@ -63,6 +67,9 @@ TOTAL = sum(LAYER_BYTES) + 300
         (BLOCKS_STREAMED, 300, 1024 + 2048 + 4096),
         # one leaf at a time is pinned, and the cache keeps a block of each size that it has met
         (LEAVES_LEAN, TOTAL, 512 + 1024 + 2048 + 4096),
+        (LEAVES_ON_DISK, 0, 0),
+        (BLOCKS_STREAMED_FROM_DISK, 0, 1024 + 2048 + 4096),
+        (replace(LEAVES_LEAN, offload_to_disk_path="weights"), 0, 512 + 1024 + 2048 + 4096),
     ],
 )
 def test_host_memory_follows_the_placement(
@@ -97,6 +104,17 @@ def test_copies_and_the_file_they_replace_are_there_together() -> None:
     assert peak(LEAVES) == (0, 2 * TOTAL)
     pinned = 1024 + 2048 + 4096
     assert peak(BLOCKS_STREAMED) == (pinned + sum(LAYER_BYTES), pinned + 300)
+
+
+def test_weights_on_disk_take_no_ram_but_what_the_cast_of_small_ones_leaves() -> None:
+    assert peak(LEAVES_ON_DISK) == (TOTAL, max(LAYER_BYTES))
+    assert peak(LEAVES_ON_DISK, is_cast=True) == (TOTAL + 2 * TOTAL, TOTAL + max(LAYER_BYTES))
+    big = linear_stack("unet", [64 * MIB, MIB])
+    placed: dict[str, Placement] = {"unet": LEAVES_ON_DISK}
+    found = host_peak([big], placed, ["unet"], stored_bytes={"unet": 2 * big.weight_bytes})
+    assert found.call_bytes == PROCESS_BYTES + MIB + 64 * MIB
+    assert (found.disk_bytes, found.pinned_bytes) == (65 * MIB, 0)
+    assert host_peak([big], {"unet": LEAVES}, ["unet"]).disk_bytes == 0
 
 
 def test_a_cast_while_loading_holds_copies_and_the_file() -> None:
@@ -239,6 +257,62 @@ def test_loading_takes_what_is_said(tmp_path: Path, kind: str, stored: str) -> N
         assert found["moved"]["RssAnon"] == pytest.approx(component.weight_bytes, abs=tolerance)
 
 
+MEASURE_DISK = """
+import gc, sys
+import torch
+from diffusers import AutoencoderKL
+from diffusers.hooks import apply_group_offloading
+
+def anonymous():
+    lines = (line.split(":") for line in open("/proc/self/status"))
+    return next(int(v.split()[0]) << 10 for k, v in lines if k == "RssAnon")
+
+base = anonymous()
+module = AutoencoderKL.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+apply_group_offloading(
+    module, "cpu", offload_type="leaf_level", offload_to_disk_path=sys.argv[1] + "/groups"
+)
+gc.collect()
+print(anonymous() - base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_weights_on_disk_leave_what_is_said(tmp_path: Path, stored: str) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    module = AutoencoderKL(
+        block_out_channels=(256, 512, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    component = component_of("any", module.to(torch.bfloat16))
+    module.to(getattr(torch, stored)).save_pretrained(tmp_path)
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    is_cast = stored == "float32"
+    predicted = host_peak(
+        [component],
+        {"any": LEAVES_ON_DISK},
+        [],
+        stored_bytes={"any": 2 * component.weight_bytes} if is_cast else None,
+    )
+    # a group's files hold nothing but tensors, a header of some bytes each aside
+    files = list((tmp_path / "groups").iterdir())
+    assert sum(f.stat().st_size for f in files) == pytest.approx(predicted.disk_bytes, rel=0.01)
+    assert int(answer.stdout.splitlines()[-1]) == pytest.approx(
+        predicted.call_bytes - PROCESS_BYTES, abs=32 * MIB
+    )
+
+
 # -- published
 
 
@@ -264,6 +338,7 @@ def test_z_image_runs_are_within_a_sixth() -> None:
         LEAVES: 28.45,
         replace(LEAVES_STREAMED, record_stream=True): 33.18,
         replace(BLOCKS_STREAMED, record_stream=True): 42.32,
+        replace(LEAVES_STREAMED, offload_to_disk_path="weights"): 22.52,
     }
     for placement, published in measured.items():
         found = host_peak(
