@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from pipefit.cost_models.workload import (
     Workload,
     variant_key,
 )
-from pipefit.errors import PipefitError, TraceError
+from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
 from pipefit.planner.recorder import Recorder, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
@@ -183,7 +184,8 @@ def trace(
     executed (slow; for tests).
 
     Raises:
-        TraceError: if the pipeline's own call fails.
+        TraceError: if the pipeline's own call fails. UnsupportedPipeline: if it needs a package
+        that is not installed.
     """
     recorder = Recorder(compute_capability=compute_capability, remember=remember)
     with recorder.machine, shimmed(), torch.no_grad():
@@ -220,6 +222,13 @@ def _run(twin: Any, call: Mapping[str, Any]) -> None:
     except PipefitError:
         raise
     except Exception as error:  # whatever the pipeline raises, in its own words
+        missing = getattr(error, "name", None) if type(error) is NameError else None
+        if missing and importlib.util.find_spec(missing) is None:
+            # diffusers imports some packages only where they are there, and uses them regardless.
+            raise UnsupportedPipeline(
+                f"{type(twin).__name__} needs {missing}, which is not installed here: "
+                f"`pip install {missing}`."
+            ) from error
         raise TraceError(
             f"{type(twin).__name__} failed while its call was executed without data "
             f"({type(error).__name__}: {error}); check the call's arguments."

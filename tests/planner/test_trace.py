@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, UNet2DConditionModel
 from tests.planner.timelines import peak_bytes, timeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipefit.cost_models.workload import Workload
-from pipefit.errors import TraceError
+from pipefit.errors import TraceError, UnsupportedPipeline
 from pipefit.planner.build import build_pipeline
 from pipefit.planner.call import default_inputs
 from pipefit.planner.trace import trace
@@ -244,3 +244,16 @@ def test_the_pipelines_that_one_is_combined_of_share_its_twins(
     assert called == {"prior_prior", "prior_image_encoder", "prior_text_encoder", "unet", "movq"}
     assert pipe.decoder_pipe.unet is pipe.unet
     assert not capfd.readouterr().err  # no progress bar either
+
+
+def test_a_package_that_a_pipeline_uses_without_asking_is_named() -> None:
+    class Cleaning(DiffusionPipeline):
+        def __init__(self, part: torch.nn.Module) -> None:
+            super().__init__()
+            self.register_modules(part=part)
+
+        def __call__(self) -> None:
+            no_such_package_anywhere.fix_text("a prompt")  # noqa: F821
+
+    with pytest.raises(UnsupportedPipeline, match=r"`pip install no_such_package_anywhere`"):
+        trace(Cleaning(torch.nn.Linear(2, 2)), {})
