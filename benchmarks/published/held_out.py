@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
+from benchmarks.published.predictions import Row, in_pool, predict_setup
+from benchmarks.published.records import Setup, subject_of
 from pipefit.cost_models import replay, timeline, workspace
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.units import GIB
 from pipefit.cost_models.workload import Kernel
 
 Rule = Callable[[Kernel], int]
@@ -112,3 +117,97 @@ def _score(rows: Iterable[tuple[str, float]], left_out: str) -> float | None:
     if not by_pipeline:
         return None
     return statistics.mean(statistics.median(found) for found in by_pipeline.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A pipeline predicted by rules that were found without it."""
+
+    pipeline: str
+    num_rows: int
+    rules: Choice
+    """Of the kinds of convolutions that it meets."""
+    error: float
+    """Median absolute error."""
+    lowest: float
+    """The most that a row is under-predicted."""
+
+
+def leave_one_out(rows: Sequence[Row], *, num_workers: int) -> list[LeftOut]:
+    """Return each pipeline with resident weights and an allocated peak, left out of the rules."""
+    chosen = [
+        row
+        for row in rows
+        if row.counts and row.kind == "allocated" and row.setup and not _is_offloaded(row.setup)
+    ]
+    setups = {row.setup.key: row.setup for row in chosen if row.setup}
+    asked = {key: (setup, _alternatives()) for key, setup in setups.items()}
+    under = in_pool(_allocated_under, asked, num_workers, "rules")
+    errors: dict[str, dict[str, list[tuple[str, float]]]] = {
+        regime: {rule: [] for rule in RULES} for regime in OURS
+    }
+    for row in chosen:
+        assert row.setup is not None
+        ours_bytes, met, *by_choice = under[row.setup.key]
+        for choice, num_bytes in zip(_alternatives(), by_choice, strict=True):
+            ((regime, (rule,)),) = choice.items()
+            if regime in met:
+                error = _moved(row, num_bytes - ours_bytes)
+                errors[regime][rule].append((row.record["pipeline"], error))
+    best = {
+        pipeline: best_rules(errors, pipeline)
+        for pipeline in sorted({row.record["pipeline"] for row in chosen})
+    }
+    asked = {
+        row.setup.key: (row.setup, [best[row.record["pipeline"]]]) for row in chosen if row.setup
+    }
+    without = in_pool(_allocated_under, asked, num_workers, "left out")
+    found = []
+    for pipeline, rules in best.items():
+        moved, met = [], set()
+        for row in chosen:
+            if row.setup is not None and row.record["pipeline"] == pipeline:
+                ours_bytes, here, num_bytes = without[row.setup.key]
+                moved.append(_moved(row, num_bytes - ours_bytes))
+                met |= here
+        found.append(
+            LeftOut(
+                pipeline=pipeline,
+                num_rows=len(moved),
+                rules={regime: rules[regime] for regime in sorted(met)},
+                error=statistics.median(map(abs, moved)),
+                lowest=min(moved),
+            )
+        )
+    return found
+
+
+def _alternatives() -> list[Choice]:
+    """Return every rule of every kind of convolution, one at a time."""
+    return [{regime: (rule,)} for regime in OURS for rule in RULES]
+
+
+def _is_offloaded(setup: Setup) -> bool:
+    return any("offload" in strategy for strategy in setup.strategies)
+
+
+def _moved(row: Row, delta_bytes: int) -> float:
+    """Return the error of *row* if its peak were *delta_bytes* higher."""
+    assert row.predicted_gib is not None
+    return (row.predicted_gib + delta_bytes / GIB) / row.published_gib - 1
+
+
+def _allocated_under(asked: tuple[Setup, Sequence[Choice]]) -> tuple[Any, ...]:
+    """Return the allocated peak by our rules, the kinds met, and the peak by each choice."""
+    setup, choices = asked
+    subject = subject_of(setup)
+    with ruled_by({}) as met:
+        ours_bytes = predict_setup(setup, subject).peak("allocated")
+
+    def peak(choice: Choice) -> int:
+        if not met & choice.keys():
+            return ours_bytes
+        with ruled_by(choice):
+            return predict_setup(setup, subject).peak("allocated")
+
+    return ours_bytes, set(met), *map(peak, choices)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.memory_accuracy import Row, page, rows_of, summary
+from benchmarks.memory_accuracy import page, summary
 from benchmarks.published.changes import CHANGES
 from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
 from benchmarks.published.older_versions import as_until_0_30
 from benchmarks.published.partial_calls import OneComponent
+from benchmarks.published.predictions import Row, rows_of
 from benchmarks.published.records import (
     PIPELINES,
     RECORDS,

@@ -1,0 +1,180 @@
+"""Records beside what pipefit predicts for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any, Literal, TypeVar
+
+from benchmarks.published.older_versions import torch_version
+from benchmarks.published.records import (
+    Record,
+    Setup,
+    Unusable,
+    counts_inputs,
+    explanation,
+    is_compiled_where_it_peaks,
+    is_of_whole_process,
+    outside_bytes,
+    phases_of,
+    setup_of,
+    subject_of,
+    usable,
+    weights_are_published,
+)
+from pipefit.cost_models.prediction import PhasePrediction
+from pipefit.cost_models.units import GIB
+from pipefit.planner.catalog import find_gpu, reference_machine
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+OUTLIER = 0.02
+"""Errors above this share of the published figure are explained, or marked unexplained."""
+
+Kind = Literal["allocated", "reserved", "process"]
+KINDS: tuple[Kind, ...] = ("allocated", "reserved", "process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What pipefit says about one setup."""
+
+    phases: tuple[PhasePrediction, ...]
+    host_ram_bytes: int
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Weights on the GPU in the first phase: what a resident pipeline holds once loaded."""
+        return self.phases[0].weights_bytes
+
+    def peak(self, kind: Kind, counts: Callable[[str], bool] = lambda phase: True) -> int:
+        """Return the highest of the phases that count, in bytes."""
+        return max(getattr(p, f"{kind}_bytes") for p in self.phases if counts(p.name))
+
+    def peak_phase(self) -> str:
+        """Return the name of the phase in which most is allocated."""
+        return max(self.phases, key=lambda p: p.allocated_bytes).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One record with its prediction, or with the reason why there is none."""
+
+    record: Record
+    kind: Kind
+    published_gib: float
+    predicted_gib: float | None = None
+    setup: Setup | None = None
+    has_published_weights: bool = False
+    """The record's own weights and the predicted growth: its storage format is not modelled."""
+    is_compiled: bool = False
+    """``torch.compile`` had the component that peaks, which pipefit does not model."""
+    ram_gib: float | None = None
+    """Predicted host RAM, where the record's is of the whole process."""
+    note: str = ""
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less one."""
+        assert self.predicted_gib is not None
+        return self.predicted_gib / self.published_gib - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether the row is part of the summary."""
+        return self.predicted_gib is not None and not self.is_compiled
+
+
+def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
+    """Ask pipefit; seconds where the trace is not in the cache.
+
+    *subject* is what ``subject_of`` made of the setup, where that is at hand.
+    """
+    from pipefit import predict
+
+    subject = subject_of(setup) if subject is None else subject
+    with torch_version(setup.torch):
+        found = predict(
+            subject,
+            setup.strategies,
+            call=setup.call,
+            machine=reference_machine([setup.gpu]),
+            dtype=setup.dtype if isinstance(subject, str) else None,
+        )
+    return Predicted(phases=found.phases, host_ram_bytes=found.host_ram_bytes)
+
+
+def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
+    """Return a row for every usable record, each distinct setup predicted once."""
+    chosen = [record for record in records if usable(record)]
+    setups: dict[str, Setup] = {}
+    asked: list[tuple[Record, Setup | str]] = []
+    for record in chosen:
+        try:
+            setup = setup_of(record)
+        except Unusable as reason:
+            asked.append((record, str(reason)))
+        else:
+            setups[setup.key] = setup
+            asked.append((record, setup))
+    predicted = in_pool(_predict_or_say, setups, num_workers, "predicted")
+    return [
+        _row(record, setup, None if isinstance(setup, str) else predicted[setup.key])
+        for record, setup in asked
+    ]
+
+
+def in_pool(
+    work: Callable[[Task], Result], tasks: Mapping[str, Task], num_workers: int, what: str
+) -> dict[str, Result]:
+    """Do *work* for each of *tasks* in processes of their own; says how far it is."""
+    found: dict[str, Result] = {}
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        for key, result in zip(tasks, pool.map(work, tasks.values()), strict=True):
+            found[key] = result
+            print(f"\r{what}: {len(found)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found
+
+
+def _predict_or_say(setup: Setup) -> Predicted | str:
+    from pipefit.errors import PipefitError
+
+    try:
+        return predict_setup(setup)
+    except PipefitError as error:
+        return str(error)
+
+
+def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) -> Row:
+    kind: Kind = record["peak_kind"].removesuffix("_presumed")
+    published: float = record["peak_memory_gib"]
+    if isinstance(setup, str) or isinstance(predicted, str) or predicted is None:
+        reason = setup if isinstance(setup, str) else str(predicted)
+        return Row(record=record, kind=kind, published_gib=published, note=reason)
+    num_bytes = predicted.peak(kind, phases_of(record))
+    if not counts_inputs(record):
+        num_bytes -= max(phase.carried_bytes for phase in predicted.phases)
+    if kind == "process":
+        num_bytes -= outside_bytes(record, find_gpu(setup.gpu))
+    predicted_gib = num_bytes / GIB
+    has_published_weights = weights_are_published(record) and bool(record["weights_gib"])
+    if has_published_weights:
+        predicted_gib += record["weights_gib"] - predicted.loaded_bytes / GIB
+    row = Row(
+        record=record,
+        kind=kind,
+        published_gib=published,
+        predicted_gib=predicted_gib,
+        setup=setup,
+        has_published_weights=has_published_weights,
+        is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase()),
+        ram_gib=predicted.host_ram_bytes / GIB if is_of_whole_process(record) else None,
+    )
+    notes = [explanation(record)] if abs(row.error) > OUTLIER else []
+    notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
+    return replace(row, note="; ".join(note for note in notes if note))
