@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +168,23 @@ def streamed(placement: GroupOffload, **more: Any) -> GroupOffload:
     return replace(placement, use_stream=True, **more)
 
 
+def on_disk(placement: GroupOffload) -> GroupOffload:
+    return replace(placement, offload_to_disk_path="weights")
+
+
+class VirtualDisk:
+    """Files of safetensors whose tensors have no values to write."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def save_file(self, tensors: dict[str, Any], path: str) -> None:
+        self.files[path] = tensors
+
+    def load_file(self, path: str, device: str) -> dict[str, Any]:
+        return {key: tensor.to(device) for key, tensor in self.files[path].items()}
+
+
 @pytest.mark.parametrize(
     ("build", "placement"),
     [
@@ -176,10 +194,15 @@ def streamed(placement: GroupOffload, **more: Any) -> GroupOffload:
         (tiny_flux, streamed(LEAVES, low_cpu_mem_usage=True)),
         (tiny_flux, streamed(LEAVES, record_stream=True)),
         (tiny_t5, replace(BLOCKS_1, block_modules=("encoder",))),
+        *((build, on_disk(p)) for build in (tiny_wan, tiny_t5) for p in (BLOCKS_1, BLOCKS_2)),
+        *((tiny_flux, on_disk(p)) for p in (LEAVES, streamed(LEAVES), streamed(BLOCKS_1))),
     ],
 )
 def test_weights_on_the_gpu_are_those_of_diffusers_at_every_call(
-    build: Callable[[], Any], placement: GroupOffload
+    build: Callable[[], Any],
+    placement: GroupOffload,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The real hooks on a virtual GPU, over three forwards: the first records, others prefetch."""
     import torch
@@ -187,6 +210,9 @@ def test_weights_on_the_gpu_are_those_of_diffusers_at_every_call(
 
     from pipefit.planner.virtual import Observer, VirtualMachine
 
+    disk = VirtualDisk()
+    monkeypatch.setattr("safetensors.torch.save_file", disk.save_file)
+    monkeypatch.setattr("safetensors.torch.load_file", disk.load_file)
     seen: list[tuple[str, int, int]] = []
     with VirtualMachine(Observer()) as machine, torch.no_grad():
         module = build()
@@ -220,8 +246,10 @@ def test_weights_on_the_gpu_are_those_of_diffusers_at_every_call(
             use_stream=placement.use_stream,
             record_stream=placement.record_stream,
             low_cpu_mem_usage=placement.low_cpu_mem_usage,
+            offload_to_disk_path=placement.offload_to_disk_path and str(tmp_path),
             block_modules=list(placement.block_modules) or None,
         )
+        assert bool(disk.files) == (placement.offload_to_disk_path is not None)
         call = module.decode if build is tiny_vae else module
         for _ in range(3):
             call(
