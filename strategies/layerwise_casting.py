@@ -23,7 +23,13 @@ from typing import Any
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
-from pipefit.strategies.live import device_restorer, hook_restorer
+from pipefit.strategies.live import (
+    LAYERWISE_CASTING_HOOK,
+    device_restorer,
+    diffusers_hook,
+    hook_restorer,
+    wanted_in_float32,
+)
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
 
@@ -43,8 +49,8 @@ class LayerwiseCasting:
     quality: Quality = Quality.BALANCED
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """Whether there is a layer that the library would cast."""
-        return {"can_cast_layers": bool(_castable(module))}
+        """None: the module tree says which layers the library would cast."""
+        return {}
 
     def options(
         self, component: Component, workload: Workload, gpu: Gpu
@@ -61,7 +67,7 @@ class LayerwiseCasting:
             if key in parameters and parameters[key] not in known:
                 given = parameters[key]
                 return f"layerwise_casting:{key} is one of {', '.join(known)}, but was {given!r}."
-        if not component.traits.get("can_cast_layers"):
+        if not any(module.is_leaf_layer for module in component.modules):
             return f"{component.class_name} has no layer that could be stored in 8 bits."
         if component.traits.get("force_upcast") and component.traits.get("dtype") == "float16":
             return (
@@ -101,16 +107,17 @@ class LayerwiseCasting:
         from diffusers.hooks import HookRegistry
 
         module = getattr(pipe, component)
+        layers = list(module.modules())
+        restore = hook_restorer(module)
         _enable(module, parameters)
-        for layer in _castable(module):
-            registry = vars(layer).get("_diffusers_hook")
-            hook = registry and registry.get_hook("layerwise_casting")
-            if hook:
-                del layer._diffusers_hook, layer.forward
+        hooks = [diffusers_hook(layer, LAYERWISE_CASTING_HOOK) for layer in layers]
+        restore()
+        for layer, hook in zip(layers, hooks, strict=True):
+            if hook is not None:
                 layer.__class__ = _casting_class(type(layer), hook.compute_dtype)
                 # The dtype that diffusers' models say they have is that of such a hook.
                 top = HookRegistry.check_if_exists_or_initialize(module)
-                top.hooks.setdefault("layerwise_casting", hook)
+                top.hooks.setdefault(LAYERWISE_CASTING_HOOK, hook)
 
     def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
         """The RAM in which the originals wait."""
@@ -126,12 +133,6 @@ class LayerwiseCasting:
         )
 
 
-def _castable(module: Any) -> list[Any]:
-    from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
-
-    return [part for part in module.modules() if isinstance(part, LAYERS)]
-
-
 def _enable(module: Any, parameters: Mapping[str, Any]) -> None:
     import torch
     from diffusers import ModelMixin
@@ -143,7 +144,7 @@ def _enable(module: Any, parameters: Mapping[str, Any]) -> None:
     if isinstance(module, ModelMixin):
         module.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
         return
-    kept = [f"{name}$" for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
+    kept = [f"{name}$" for name in wanted_in_float32(module)]
     # The output head may be tied to the embedding, which would be cast with it.
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     kept += [f"^{path}$" for path, part in module.named_modules() if head and part is head]

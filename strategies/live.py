@@ -41,6 +41,9 @@ GROUP_OFFLOADING_HOOKS = (
 )
 """Names under which diffusers 0.42 registers group offloading (hooks/group_offloading.py)."""
 
+LAYERWISE_CASTING_HOOK = "layerwise_casting"
+"""The same for layerwise casting (hooks/layerwise_casting.py)."""
+
 
 def module_components(pipe: Any) -> dict[str, Any]:
     """Return the pipeline's components that are modules, by attribute name."""
@@ -152,6 +155,12 @@ def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def diffusers_hook(part: Any, name: str) -> Any:
+    """Return the hook that diffusers registered as *name* on *part* itself; None without one."""
+    registry = getattr(part, DIFFUSERS_HOOKS, None)
+    return None if registry is None else registry.get_hook(name)
+
+
 def remove_group_offloading(module: Any) -> None:
     """Take diffusers' group offloading hooks off *module* and everything below it."""
     from diffusers.hooks import HookRegistry
@@ -166,12 +175,16 @@ def read_back_groups(module: Any) -> None:
     from safetensors.torch import load_file
 
     for part in module.modules():
-        registry = getattr(part, DIFFUSERS_HOOKS, None)
-        hook = None if registry is None else registry.get_hook(GROUP_OFFLOADING_HOOKS[0])
+        hook = diffusers_hook(part, GROUP_OFFLOADING_HOOKS[0])
         if hook is not None and hook.group._is_offloaded_to_disk:
             weights = load_file(hook.group.safetensors_file_path)
             for key, tensor in hook.group.key_to_tensor.items():
                 tensor.data = weights[key]
+
+
+def wanted_in_float32(module: Any) -> tuple[str, ...]:
+    """Return the names of submodules that the class of *module* keeps in float32 when loaded."""
+    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
 
 
 def attention_registry() -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
-from pipefit.strategies.live import tensor_slots
+from pipefit.strategies.live import tensor_slots, wanted_in_float32
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
 
@@ -118,7 +118,7 @@ def _kept_in_float32(module: Any, dtype: str) -> set[str]:
 
     transformers 5 heeds ``_keep_in_fp32_modules`` for float16 only and the strict list for both.
     """
-    listed = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    listed = set(wanted_in_float32(module))
     strict = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     is_transformers = type(module).__module__.startswith("transformers.")
     return strict if is_transformers and dtype != "float16" else listed | strict

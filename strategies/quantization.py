@@ -28,6 +28,7 @@ from pipefit.cost_models.storage import (
 from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import UnsupportedPipeline
+from pipefit.strategies.live import wanted_in_float32
 from pipefit.strategies.parameters import not_a_flag, unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
 
@@ -150,7 +151,7 @@ class Quantization:
         module = getattr(pipe, component)
         left_out = _left_out(module, parameters)
         if "kept_dtype" in parameters:
-            kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+            kept = wanted_in_float32(module)
             for path, part in module.named_modules():
                 if path.rpartition(".")[2] in kept:
                     part.to(getattr(torch, parameters["kept_dtype"]))
@@ -192,7 +193,7 @@ def _left_out(module: Any, parameters: Mapping[str, Any]) -> tuple[str, ...]:
     given = () if parameters.get("all_linear") else parameters.get("modules_to_not_convert")
     if given is not None:
         return (given,) if isinstance(given, str) else tuple(given)
-    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    kept = wanted_in_float32(module)
     if not type(module).__module__.startswith("transformers."):
         return kept
     from transformers.quantizers.base import HfQuantizer

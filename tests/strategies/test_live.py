@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from diffusers.hooks import group_offloading
+from diffusers.hooks import group_offloading, layerwise_casting
 from diffusers.models import attention_dispatch
 from tests.small_pipelines import SMALL_PIPELINES
 
@@ -18,8 +18,10 @@ from pipefit.strategies.live import (
     ACCELERATE_HOOK,
     DIFFUSERS_HOOKS,
     GROUP_OFFLOADING_HOOKS,
+    LAYERWISE_CASTING_HOOK,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
+    diffusers_hook,
     hook_restorer,
     hooks_of,
     reads_flag,
@@ -41,6 +43,14 @@ def test_group_offloading_registers_under_the_names_that_we_remove() -> None:
     group_offloading.apply_group_offloading(module, "cpu", offload_type="leaf_level")
     assert hasattr(module[0], DIFFUSERS_HOOKS), VERSIONS
     assert hooks_of(module) == {"0": ("group_offloading",)}, VERSIONS
+
+
+def test_layerwise_casting_registers_under_the_name_that_we_look_for() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    layerwise_casting.apply_layerwise_casting(module, torch.float8_e4m3fn, torch.bfloat16)
+    hook = diffusers_hook(module[0], LAYERWISE_CASTING_HOOK)
+    assert hook.compute_dtype == torch.bfloat16, VERSIONS
+    assert diffusers_hook(module, LAYERWISE_CASTING_HOOK) is None
 
 
 def test_accelerate_keeps_its_hook_where_we_look() -> None:
