@@ -54,9 +54,9 @@ BARE_BASE_BYTES = 23 * MIB
 BARE_BYTES_PER_THREAD = 1_925
 """The same as :data:`BYTES_PER_THREAD` before the first kernel is launched (docstring)."""
 
-DEFAULT_CONTEXT_BYTES = 666 * MIB
-"""Charged where the GPU's size is not known: as much as the rule gives the largest GPUs that are
-in use (RTX PRO 6000 Blackwell, 188 multiprocessors: 650 MiB)."""
+DEFAULT_CONTEXT_BYTES = BASE_BYTES + BYTES_PER_THREAD * 148 * 2048
+"""Charged where the GPU's size is not known: what the rule gives the largest GPU of the catalogue,
+a B200 with 148 multiprocessors of 2048 threads (681 MiB)."""
 
 THREADS_PER_SM: Mapping[tuple[int, int], int] = {
     (6, 0): 2048,

@@ -37,7 +37,7 @@ def test_the_rule_is_near_the_runs_that_it_was_not_fitted_to() -> None:
 def test_every_nvidia_gpu_of_the_catalogue_has_a_known_number_of_threads() -> None:
     gpus = [gpu for gpu in map(find_gpu, gpu_names()) if gpu.compute_capability]
     assert {gpu.compute_capability for gpu in gpus} <= set(THREADS_PER_SM)
-    assert all(context_bytes(gpu) < GIB for gpu in gpus)
+    assert max(map(context_bytes, gpus)) == DEFAULT_CONTEXT_BYTES
 
 
 def test_a_measured_context_wins_and_an_unknown_gpu_gets_the_default() -> None:
