@@ -17,6 +17,12 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.published.changes import CHANGES
+from benchmarks.published.component_calls import (
+    ATTENTION,
+    BF16,
+    OF_ONE_COMPONENT,
+    component_call,
+)
 from benchmarks.published.partial_calls import AttentionCall, OneComponent
 from pipefit.cost_models.context import bare_context_bytes
 from pipefit.cost_models.machine import Gpu
@@ -131,8 +137,11 @@ def setup_of(record: Record) -> Setup:
     common["torch"] = _torch(record)
     if record["pipeline_class"] == "LTX2Pipeline":
         return Setup(**common, **_ltx2_stage(record), strategies=_strategies(record))
-    if record["kind"] in COMPONENT_CALLS:
-        component, call = COMPONENT_CALLS[record["kind"]](record, dtype or {})
+    if record["kind"] in OF_ONE_COMPONENT:
+        found = component_call(record, dtype or {})
+        if found is None:
+            raise Unusable(f"the inputs of its {record['pipeline_class']} are not known")
+        component, call = found
         return Setup(
             **common,
             component=component,
@@ -416,30 +425,6 @@ def _components(record: Record, where: str) -> Iterator[str]:
             yield {"text encoder": "text_encoder", "VAE": "vae"}.get(word, word)
 
 
-# -- measurements of one component
-
-
-def _vae_decode(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    shape = (1, *_latent_channels(record), record["height"] // 8, record["width"] // 8)
-    return "vae", {"entry": "decode", "inputs": {"z": (_vae_dtype(dtype), shape)}}
-
-
-def _vae_encode(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    frames = (record["frames"],) if record["frames"] else ()
-    shape = (1, 3, *frames, record["height"], record["width"])
-    return "vae", {"entry": "encode", "inputs": {"x": (_vae_dtype(dtype), shape)}}
-
-
-def _latent_channels(record: Record) -> tuple[int, ...]:
-    if record["pipeline_class"] == "AutoencoderKLQwenImage":
-        return (16, record["frames"])
-    return (4,)
-
-
-def _vae_dtype(dtype: Mapping[str, str]) -> str:
-    return dtype.get("vae", dtype.get("default", "bfloat16"))
-
-
 def _ltx2_stage(record: Record) -> dict[str, Any]:
     """Return changes and call of one stage of the scripts in asomoza/diffusers-recipes, ltx2_3.
 
@@ -459,76 +444,6 @@ def _ltx2_stage(record: Record) -> dict[str, Any]:
         call |= dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
         call["audio_modality_scale"] = 1.0
     return {"changes": ("embeddings given",), "call": call}
-
-
-def _forward(record: Record, dtype: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return the denoiser and the inputs that the diffusers benchmarks give it."""
-    found = FORWARD_INPUTS.get(record["pipeline_class"])
-    if found is None:
-        raise Unusable(f"the inputs of its {record['pipeline_class']} are not known")
-    component, inputs = found
-    return component, {"inputs": inputs}
-
-
-COMPONENT_CALLS: Mapping[str, Callable[[Record, Mapping[str, str]], tuple[str, dict[str, Any]]]] = {
-    "vae_decode": _vae_decode,
-    "vae_encode": _vae_encode,
-    "component_forward": _forward,
-}
-"""A record's ``kind`` -> the component and the call."""
-
-BF16 = "bfloat16"
-ATTENTION = "one attention call"
-"""Stands for a component where only torch's attention was called."""
-FORWARD_INPUTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "FluxTransformer2DModel": (
-        "transformer",
-        {
-            "hidden_states": (BF16, (1, 4096, 64)),
-            "encoder_hidden_states": (BF16, (1, 512, 4096)),
-            "pooled_projections": (BF16, (1, 768)),
-            "timestep": (BF16, (1,)),
-            "img_ids": (BF16, (4096, 3)),
-            "txt_ids": (BF16, (512, 3)),
-            "guidance": (BF16, (1,)),
-        },
-    ),
-    "LTXVideoTransformer3DModel": (
-        "transformer",
-        {
-            "hidden_states": (BF16, (1, 7392, 128)),
-            "encoder_hidden_states": (BF16, (1, 256, 4096)),
-            "encoder_attention_mask": (BF16, (1, 256)),
-            "timestep": (BF16, (1,)),
-            "video_coords": (BF16, (1, 3, 7392)),
-        },
-    ),
-    # 4096 + 512 tokens, 48 query and 12 key heads of 128 (Krea2Transformer2DModel's defaults).
-    "Krea2 transformer, one attention call": (
-        ATTENTION,
-        {
-            "query": (BF16, (1, 48, 4608, 128)),
-            "key": (BF16, (1, 12, 4608, 128)),
-            "value": (BF16, (1, 12, 4608, 128)),
-            "attn_mask": ("bool", (1, 1, 1, 4608)),
-            "enable_gqa": True,
-        },
-    ),
-    "UNet2DConditionModel": (
-        "unet",
-        {
-            "sample": (BF16, (1, 4, 128, 128)),
-            "encoder_hidden_states": (BF16, (1, 77, 2048)),
-            "timestep": (BF16, (1,)),
-            "added_cond_kwargs": {
-                "text_embeds": (BF16, (1, 1280)),
-                "time_ids": (BF16, (1, 6)),
-            },
-        },
-    ),
-}
-"""Class -> component and what diffusers' own benchmarks call it with
-(benchmarks/benchmarking_*.py in huggingface/diffusers)."""
 
 
 def subject_of(setup: Setup) -> Any:
