@@ -21,7 +21,7 @@ from pipefit.cost_models.units import GIB, MIB, format_bytes
 from pipefit.errors import InvalidRequest, PipefitError
 from pipefit.planner.catalog import find_gpu
 from pipefit.planner.nvidia import read_nvidia
-from pipefit.planner.probe import cpu_machine, probe
+from pipefit.planner.probe import ALLOCATOR_VARIABLES, cpu_machine, probe
 
 DEFAULT_MINUTES = 8.0
 DRY_RUN_GPU = "h200"
@@ -79,8 +79,7 @@ def _measure(cases: Sequence[Case], asked: argparse.Namespace) -> int:
         "gpu_name": gpu.name,
         "driver": driver,
         "gpu": to_json(gpu),
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF")
-        or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        "allocator": next((os.environ[n] for n in ALLOCATOR_VARIABLES if n in os.environ), ""),
         "command": shlex.join(["python", "-m", "benchmarks.gpu_memory", *sys.argv[1:]]),
     }
     rows = RowFile(asked.out / "rows.jsonl")

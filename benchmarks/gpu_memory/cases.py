@@ -360,6 +360,7 @@ def _norms() -> Iterable[Case]:
 # -- the process and the machine
 
 EXPANDABLE = "expandable_segments:True"
+NATIVE = "expandable_segments:False"
 
 
 def _context_case() -> Case:
@@ -373,17 +374,16 @@ def _transfer_case() -> Case:
 def allocator_cases() -> list[Case]:
     """Return decodes whose every allocation is written down, native and with expandable segments.
 
-    Both variables are set: torch reads the first from 2.10 on, older ones the second.
+    Both variables are set, native too: torch reads the first it finds, older ones know one only.
     """
     cases = []
-    for conf in ("", EXPANDABLE):
-        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name, conf in (("native", NATIVE), (EXPANDABLE, EXPANDABLE)):
         for pipeline, latents in (
             ("stable-diffusion-v1-5", [1, 4, 64, 64]),
             ("stable-diffusion-xl-base-1.0", [1, 4, 128, 128]),
             ("wan2.1-t2v-1.3b", [1, 16, 3, 60, 104]),
         ):
-            key = f"allocator {pipeline} decode {conf or 'native'}"
+            key = f"allocator {pipeline} decode {name}"
             cases.append(
                 Case(
                     key=key,
@@ -391,7 +391,7 @@ def allocator_cases() -> list[Case]:
                     parameters={"pipeline": pipeline, "latents": latents, "conf": conf},
                     estimate_s=START_S + 1.0,
                     batch=key,
-                    environment=dict.fromkeys(names, conf) if conf else {},
+                    environment={"PYTORCH_ALLOC_CONF": conf, "PYTORCH_CUDA_ALLOC_CONF": conf},
                 )
             )
     return cases

@@ -136,7 +136,7 @@ def _pipelines(rows: Sequence[Row]) -> Iterable[str]:
 
 def _summary(what: str, errors: Sequence[float]) -> str:
     sizes = sorted(map(abs, errors))
-    ninetieth = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
+    ninetieth = sizes[-(-len(sizes) * 9 // 10) - 1]
     under = sum(error < 0 for error in errors) / len(errors)
     return (
         f"{what}: {len(errors)} peaks, median error {statistics.median(sizes):.2%}, ninetieth "

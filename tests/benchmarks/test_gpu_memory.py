@@ -46,7 +46,7 @@ from pipefit.cost_models.units import GIB, KIB, MIB
 from pipefit.errors import ApplyFailed, InvalidRequest
 from pipefit.planner.build import build_pipeline
 from pipefit.planner.catalog import find_gpu, pipeline_names
-from pipefit.planner.probe import cpu_machine
+from pipefit.planner.probe import allocator_settings, cpu_machine
 from pipefit.strategies.live import module_components
 
 CPU = cpu_machine().gpus[0]
@@ -95,6 +95,13 @@ def test_a_smaller_gpu_is_predicted_to_give_back_where_a_bound_would() -> None:
     held = _held_to(gpu, limit_bytes)
     capacity_bytes = int((held.total_bytes - context_bytes(held)) / (1 + SLACK_SHARE))
     assert 0 <= capacity_bytes - limit_bytes <= 1
+
+
+def test_a_decode_is_native_whatever_the_user_has_set() -> None:
+    for case in allocator_cases():
+        assert set(case.environment.values()) == {case.parameters["conf"]}
+        expandable, notes = allocator_settings(case.environment, "linux")
+        assert (expandable, notes) == (not case.key.endswith("native"), ())
 
 
 # -- phases of pipelines that really run
@@ -493,6 +500,14 @@ def test_the_report_puts_predicted_beside_measured(tmp_path: Path) -> None:
     assert whole["schema"] == "pipefit.gpu_memory/1"
     assert [row["key"] for row in whole["rows"]] == ["pipeline p resident", "pipeline q resident"]
     assert (error_of(99, 100), error_of(1, 0)) == (-0.01, None)
+    # Nine of ten peaks are exact.
+    exact = {**a_row(), "predicted": {"phases": a_row()["measured"]["calls"][0]["phases"]}}
+    exact["predicted"]["phases"][0]["name"] = "decode"
+    write_report(tmp_path, machine, [a_row(), *[exact] * 9])
+    text = (tmp_path / "gpu_memory.md").read_text()
+    assert (
+        "allocated: 10 peaks, median error 0.00%, ninetieth percentile 0.00%, worst -50.00%" in text
+    )
 
 
 def test_old_rows_are_predicted_again_without_a_gpu() -> None:
