@@ -62,7 +62,7 @@ def observe(
     source = _source(subject, dtype)
     plain = _trace(source, call or {}, gpu, policy, (), say)
     asked = _asked(plain, policy)
-    offered = _offered(plain, gpu, policy, asked)
+    offered = _offered(plain, gpu, policy)
     found = []
     for options in [asked, (*offered, *asked)] if offered else [asked]:
         workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
@@ -123,11 +123,9 @@ def _is_so_already(component: Component, option: Option) -> bool:
     )
 
 
-def _offered(
-    workload: Workload, gpu: Gpu, policy: Policy, asked: Sequence[Option]
-) -> tuple[Option, ...]:
+def _offered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
     """Return the casts that the quality allows, of which none was asked for."""
-    taken = {option.strategy for option in (*policy.required, *asked)}
+    taken = {option.strategy for option in policy.required}
     return tuple(
         Option(strategy=one.name, component=component.name, parameters=parameters)
         for one in BUILT_IN
