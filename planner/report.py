@@ -232,14 +232,15 @@ def _phase_table(
 
 
 def _option_table(options: Sequence[Option]) -> Table:
-    """One row for all components that do the same for the same reason."""
-    table = _table("component", "strategy", "why")
+    """One row for all components that do the same for the same reason; a prediction has none."""
+    has_reasons = any(option.reason for option in options)
+    table = _table("component", "strategy", *["why"] * has_reasons)
     components: dict[tuple[str, str], list[str]] = {}
     for option in options:
         row = (describe_option(option), option.reason)
         components.setdefault(row, []).append(option.component or "whole pipeline")
     for (strategy, reason), names in components.items():
-        table.add_row(", ".join(names), strategy, reason)
+        table.add_row(", ".join(names), strategy, *[reason] * has_reasons)
     return table
 
 

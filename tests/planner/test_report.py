@@ -78,6 +78,12 @@ def test_a_long_alternative_leaves_room_for_the_reason() -> None:
     assert line.endswith("24.00 GiB  40.0 s  16.55 GiB over in denoise")
 
 
+def test_a_prediction_without_reasons_has_no_column_for_them() -> None:
+    bare = [replace(option, reason="") for option in PREDICTED.options]
+    assert "why" in to_text(prediction_report(PREDICTED))
+    assert "why" not in to_text(prediction_report(replace(PREDICTED, options=tuple(bare))))
+
+
 def test_a_machine_without_a_gpu_is_said_plainly() -> None:
     assert to_text(machine_report(replace(MACHINE, gpus=()))).startswith("No GPU was found.")
 
