@@ -42,9 +42,10 @@ from pipefit.cost_models.workspace import cublas_bytes
 SLACK_SHARE = 0.06
 """Share of reserved memory above the weights that a plan keeps in hand for fragmentation.
 
-Replayed reserved memory plus this covers every published reserved and process peak that the replay
-was compared with (FLUX.1, SDXL, Stable Diffusion 1.x, CogVideoX, AnimateDiff, Qwen-Image, Z-Image),
-except group offload with ``record_stream``, where weights pile up by the pace of host and GPU.
+Chosen: replayed memory plus this covers the published reserved and process peaks that pipefit
+predicts (docs/accuracy.md), except three stages of LTX-2.3 on a development version (up to 0.6 GiB
+short), FLUX.1-dev with quanto's int4 (0.8) and with offloaded q4_1 (0.1), and leaves of
+Z-Image-Turbo on recorded streams, whose weights pile up by the pace of host and GPU (0.5).
 """
 
 
