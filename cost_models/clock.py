@@ -20,7 +20,8 @@ from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_
 from pipefit.cost_models.workload import SYNCHRONISE, Kernel
 
 LAUNCH_QUEUE = 1024
-"""Launches that may wait in a stream; a further one blocks the host until the first has begun.
+"""Launches and events that may wait in a stream; a further one blocks the host until the first has
+begun.
 
 Seen as "about 1000" at https://forums.developer.nvidia.com/t/68937.
 """
@@ -58,10 +59,22 @@ class Clock:
             cost = self._costs[kernel] = launches, each_s
         launches, each_s = cost
         for _ in range(launches):
-            self.host_s = max(self.host_s + self._launch_s, self._begun_s.popleft())
-            begin_s = max(self.host_s, self.gpu_s)
-            self._begun_s.append(begin_s)
-            self.gpu_s = begin_s + each_s
+            self._enqueue(self._launch_s, each_s)
+
+    def record_event(self) -> float:
+        """Queue an event, as freeing recorded weights does; return when the GPU comes to it.
+
+        Events fill the same queue as launches, as reported at
+        https://forums.developer.nvidia.com/t/220629; the microsecond of the call is not counted.
+        """
+        self._enqueue(0.0, 0.0)
+        return self.gpu_s
+
+    def _enqueue(self, host_s: float, gpu_s: float) -> None:
+        self.host_s = max(self.host_s + host_s, self._begun_s.popleft())
+        begin_s = max(self.host_s, self.gpu_s)
+        self._begun_s.append(begin_s)
+        self.gpu_s = begin_s + gpu_s
 
     def wait_for_gpu(self) -> None:
         """A value is read, or the compute stream synchronised."""

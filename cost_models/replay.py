@@ -272,7 +272,7 @@ class Replay:
                     if block.num_bytes:
                         self._weight_bytes -= block.num_bytes
                         self.allocator.free_when_unused(block)
-                        self._unused_at_s.append(self._clock.gpu_s)
+                        self._unused_at_s.append(self._clock.record_event())
             else:
                 self._clock.wait_for_gpu()
                 for block in blocks:

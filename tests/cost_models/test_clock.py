@@ -123,6 +123,17 @@ def test_a_full_queue_of_launches_blocks_the_host() -> None:
     assert clock.gpu_s - clock.host_s == pytest.approx(ahead_s, rel=0.1)
 
 
+def test_events_of_freed_weights_take_places_in_the_queue() -> None:
+    clock, without = (Clock([product(0.01)], RTX_3090) for _ in range(2))
+    for _ in range(2 * LAUNCH_QUEUE):
+        clock.launch(0)
+        assert clock.record_event() == clock.gpu_s
+        without.launch(0)
+    assert clock.gpu_s == pytest.approx(without.gpu_s, rel=1e-3)
+    ahead_s, ahead_without_s = clock.gpu_s - clock.host_s, without.gpu_s - without.host_s
+    assert ahead_s == pytest.approx(ahead_without_s / 2, rel=0.01)
+
+
 def test_a_blocking_copy_holds_the_host_and_another_one_the_next_group() -> None:
     clock = Clock([], RTX_3090)
     clock.copy(LAYER_BYTES, STREAMED, is_blocking=True)
