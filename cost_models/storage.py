@@ -16,10 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ELEMENT_BYTES = {
-    "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1,
-    "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
+from pipefit.cost_models.units import DTYPE_BYTES
 
 BNB_BLOCK_ELEMENTS = 64
 """Weights that share a scale in bitsandbytes' 4-bit types (``Params4bit``, ``blocksize``)."""
@@ -30,6 +27,8 @@ TILE_INPUTS = 1024
 TILE_OUTPUTS = 8
 """torchao pads a weight to these for ``_weight_int4pack_mm``
 (quantize_/workflows/int4/int4_tile_packed_to_4d_tensor.py)."""
+TILE_WORD_INPUTS = 128
+"""Inputs to one step of the second dimension of a weight that is packed so."""
 
 INT4_GROUP_SIZE = 128
 """Inputs that share a scale: default of ``Int4WeightOnlyConfig``, and the size that quanto tries
@@ -55,7 +54,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes asked of the allocator."""
-        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +321,7 @@ def _torchao(
     padded_outputs = math.ceil(outputs / TILE_OUTPUTS) * TILE_OUTPUTS
     return (
         # Eight elements a 32-bit word, in the order in which the kernel's threads read them.
-        _tensor("qdata", (padded_outputs // 8, padded_inputs // 128, 32, 4), "int32"),
+        _tensor("qdata", (padded_outputs // 8, padded_inputs // TILE_WORD_INPUTS, 32, 4), "int32"),
         _tensor("scale_and_zero", (padded_inputs // group, padded_outputs, 2), "bfloat16"),
     )
 

@@ -15,6 +15,12 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1,
+    "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+"""Bytes of one element of the dtypes that weights are stored in and kernels compute in."""
+
 _UNIT_BYTES = {
     "": 1,
     "b": 1,

@@ -37,10 +37,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.units import KIB, MIB
+from pipefit.cost_models.units import DTYPE_BYTES, KIB, MIB
 from pipefit.cost_models.workload import Kernel
 
 CUBLAS_BYTES = 2 * 4 * MIB + 8 * 16 * KIB
@@ -79,16 +78,6 @@ EFFICIENT_REGISTER_HEAD_DIM = 128
 Source: ``kNeedsOutputAccumulatorBuffer`` in kernel_forward.h and the list in kernels/cutlassF.h,
 aten/src/ATen/native/transformers/cuda/mem_eff_attention, torch 2.13.
 """
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-}
-"""Bytes of one element of the dtypes that convolutions and attention compute in."""
 
 _TENSOR_CORE_CAPABILITY = (8, 0)
 _FIRST_CAPABILITY = {

@@ -26,6 +26,7 @@ from pipefit.cost_models.storage import (
     GGUF_TYPES,
     INT4_GROUP_SIZE,
     TILE_OUTPUTS,
+    TILE_WORD_INPUTS,
     StoredTensor,
 )
 
@@ -34,8 +35,6 @@ BNB_OUTLIER = 6.0
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = 127
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-TILE_WORD_INPUTS = 128
-"""Inputs to one step of the second dimension of a packed int4 weight."""
 
 
 class QuantizedLinear(nn.Linear):

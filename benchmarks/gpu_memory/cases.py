@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.workspace import DTYPE_BYTES
+from pipefit.cost_models.units import DTYPE_BYTES
 from pipefit.planner.catalog import find_gpu, pipeline_entry
 
 Kind = Literal["context", "transfer", "allocator", "kernel", "pipeline"]

@@ -20,7 +20,7 @@ from benchmarks.published.predictions import Row, in_pool, predict_setup
 from benchmarks.published.records import Setup, subject_of
 from pipefit.cost_models import replay, timeline, workspace
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.units import GIB
+from pipefit.cost_models.units import DTYPE_BYTES, GIB
 from pipefit.cost_models.workload import Kernel
 
 Rule = Callable[[Kernel], int]
@@ -60,7 +60,7 @@ def regime_of(kernel: Kernel, gpu: Gpu) -> str | None:
         return None
     if kernel.channels_last:
         return "channels_last"
-    if workspace.DTYPE_BYTES.get(kernel.dtype) != 2:
+    if DTYPE_BYTES.get(kernel.dtype) != 2:
         return "NCHW, 32 bits"
     if max(kernel.input_bytes, kernel.output_bytes) > 2 * workspace.INT32_INDEXED_ELEMENTS:
         return None
