@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipefit import predict
 from pipefit.cost_models.storage import TYPES, stored_weight
-from pipefit.cost_models.units import GIB
+from pipefit.cost_models.units import GIB, format_bytes
 from pipefit.errors import UnsupportedPipeline
 from pipefit.planner.catalog import reference_machine
 from pipefit.strategies import quality_of, strategy
@@ -206,6 +206,17 @@ def test_a_gguf_file_keeps_the_ends_of_the_model_and_stores_fused_projections_be
 )
 def test_what_no_library_has_is_refused(parameters: dict[str, Any], words: str) -> None:
     assert words in str(QUANTIZATION.refusal(described(t5()), parameters))
+
+
+def test_what_is_quantised_while_it_loads_is_read_whole() -> None:
+    before, after = described(t5()), described(quantized(t5(), backend="quanto", type="int8"))
+
+    def note(backend: str) -> str:
+        return QUANTIZATION.note({"backend": backend}, before, after)
+
+    assert f"reads {format_bytes(before.weight_bytes)}." in note("quanto")
+    assert "stays until an offload takes it away" in note("bitsandbytes")
+    assert not note("gguf")
 
 
 def test_a_loaded_pipeline_is_told_to_load_again() -> None:
