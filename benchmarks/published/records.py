@@ -219,9 +219,8 @@ EXPLANATIONS: tuple[tuple[str, str], ...] = (
         "torchao-float8_weight_only",
         "layers unpacked in float32 as torchao 0.18 does; in 16 bits they would fit",
     ),
-    ("ltx23", "development version, March 2026; two runs of one encode differ by 9 %"),
+    ("ltx23", "read from the whole GPU; two runs of one encode differ by 9 %"),
     ("record", "run-ahead: launch, copy and compute times are known to 20 % at best"),
-    ("layerwise_leaf", "run-ahead: launch, copy and compute times are known to 20 % at best"),
 )
 """Part of a record's id -> why its prediction is off; what is not here is unexplained."""
 
