@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cost_models.workloads import component_of, linear_stack
 
+from pipefit import predict
 from pipefit.cost_models.host_memory import (
     FILE_BYTES,
     LOADING_PROCESS_BYTES,
@@ -32,6 +33,7 @@ from pipefit.cost_models.placement import (
 )
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Component
+from pipefit.planner.catalog import reference_machine
 
 LEAVES = GroupOffload(offload_type="leaf_level")
 LEAVES_STREAMED = GroupOffload(offload_type="leaf_level", use_stream=True)
@@ -162,6 +164,23 @@ def test_the_peak_holds_what_rests_in_ram_and_grows_with_components(
     assert found.call_bytes >= PROCESS_BYTES + resting + found.pinned_bytes
     fewer = host_peak(components[:-1], placed, names[:-1], stored_bytes=stored)
     assert fewer.peak_bytes <= found.peak_bytes
+
+
+def test_a_prediction_says_what_lies_on_disk_and_pins_no_more_than_a_leaf() -> None:
+    from tests.end_to_end.small_runs import untouched
+    from tests.small_pipelines import small_call
+
+    pipe, _ = untouched("flux")
+    leaves = "group_offload:offload_type=leaf_level,use_stream=true"
+    asked: dict[str, Any] = {
+        "call": small_call("flux"),
+        "machine": reference_machine(["rtx-4060"]),
+    }
+    kept = predict(pipe, [f"{leaves}@transformer"], **asked)
+    on_disk = predict(pipe, [f"{leaves},offload_to_disk_path=.@transformer"], **asked)
+    parameters = [p.numel() * p.element_size() for p in pipe.transformer.parameters()]
+    assert (kept.disk_bytes, on_disk.disk_bytes) == (0, sum(parameters))
+    assert 0 < on_disk.pinned_bytes < 3 * pinned_bytes(max(parameters)) < kept.pinned_bytes
 
 
 # -- measured
