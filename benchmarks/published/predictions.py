@@ -175,6 +175,7 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
         is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase()),
         ram_gib=predicted.host_ram_bytes / GIB if is_of_whole_process(record) else None,
     )
-    notes = [explanation(record)] if abs(row.error) > OUTLIER else []
+    is_off = abs(row.error) > OUTLIER
+    notes = [explanation(record, is_compiled=row.is_compiled)] if is_off else []
     notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
     return replace(row, note="; ".join(note for note in notes if note))

@@ -200,13 +200,12 @@ def weights_are_published(record: Record) -> bool:
 
 
 COMPILED = "the component that peaks was compiled (docs/memory.md)"
+RUN_AHEAD = "run-ahead: launch, copy and compute times are known to 20 % at best"
 EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         "flux-4090-nf4-compile-modeloffload",
         "peak of loading: bitsandbytes quantises on the GPU, all weights together before offload",
     ),
-    ("cvaeT", COMPILED),
-    ("compile", COMPILED),
     (
         "quanto-fp8-gpu",
         "weights fit if T5's wo was quantised too, which the loader's source says is left out",
@@ -220,14 +219,18 @@ EXPLANATIONS: tuple[tuple[str, str], ...] = (
         "layers unpacked in float32 as torchao 0.18 does; in 16 bits they would fit",
     ),
     ("ltx23", "read from the whole GPU; two runs of one encode differ by 9 %"),
-    ("record", "run-ahead: launch, copy and compute times are known to 20 % at best"),
 )
-"""Part of a record's id -> why its prediction is off; what is not here is unexplained."""
+"""Part of a record's id -> why its prediction is off, where its fields do not tell."""
 
 
-def explanation(record: Record) -> str:
+def explanation(record: Record, *, is_compiled: bool) -> str:
     """Return why the prediction of *record* is off, or that nobody knows."""
-    return next((why for part, why in EXPLANATIONS if part in record["id"]), "unexplained")
+    found = next((why for part, why in EXPLANATIONS if part in record["id"]), "")
+    if not found and is_compiled:
+        found = COMPILED
+    if not found and "record_stream" in (record["levers"]["offload_params"] or ""):
+        found = RUN_AHEAD
+    return found or "unexplained"
 
 
 # -- the rules

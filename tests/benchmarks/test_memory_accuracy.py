@@ -21,6 +21,7 @@ from benchmarks.published.records import (
     PIPELINES,
     RECORDS,
     Unusable,
+    explanation,
     is_compiled_where_it_peaks,
     load,
     outside_bytes,
@@ -268,6 +269,14 @@ def test_a_compiled_component_counts_where_the_peak_is_its_own() -> None:
     assert not is_compiled_where_it_peaks(denoiser, "decode")
     assert is_compiled_where_it_peaks(denoiser, "denoise")
     assert not is_compiled_where_it_peaks(record(), "decode")
+
+
+def test_an_error_is_explained_by_what_ran_and_not_by_what_its_record_is_called() -> None:
+    eager = record(id="fused-compileF")
+    assert explanation(eager, is_compiled=False) == "unexplained"
+    assert "compiled" in explanation(eager, is_compiled=True)
+    recorded = record(levers={"offload_params": "leaf_level, use_stream, record_stream"})
+    assert "run-ahead" in explanation(recorded, is_compiled=False)
 
 
 def test_every_pipeline_weighs_the_same() -> None:
