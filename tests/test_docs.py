@@ -30,6 +30,17 @@ def test_the_catalogue_is_as_large_as_it_says() -> None:
     assert f"{len(pipeline_names())} pipelines, {len(gpu_names())} GPUs" in README
 
 
+def test_the_errors_of_predicted_memory_are_those_of_the_report() -> None:
+    report = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    pattern = r"^\| (?:allocated|reserved|process) \|.*$"
+    assert re.findall(pattern, README, re.M) == re.findall(pattern, report, re.M)[:3]
+    section = report.split("## Leave one pipeline out")[1].split("\n## ")[0]
+    errors = [float(e) for e in re.findall(r"\| ([\d.]+)% \| [+-][\d.]+% \|$", section, re.M)]
+    said = re.search(r"they predict it within (\d+) %", " ".join(README.split()))
+    assert said is not None
+    assert int(said[1]) - 1 < max(errors) <= int(said[1])
+
+
 def test_the_errors_of_predicted_times_are_those_of_the_report() -> None:
     report = (ROOT / "docs" / "latency.md").read_text(encoding="utf-8")
     rows, median, ninetieth = re.search(
