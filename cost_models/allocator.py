@@ -238,6 +238,14 @@ def _has_room(block: Block | None, needed: int) -> bool:
     return needed <= 0
 
 
+class OutOfCapacity(MemoryError):
+    """An allocation does not fit, though all cached memory was given back."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        super().__init__(f"{num_bytes} bytes do not fit.")
+
+
 class CachingAllocator:
     """Replays allocations; every counter is what torch calls by the same name.
 
@@ -250,14 +258,22 @@ class CachingAllocator:
     (0, 20)
     """
 
-    def __init__(self, capacity_bytes: int | None = None, *, expandable: bool = False) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int | None = None,
+        *,
+        expandable: bool = False,
+        is_strict: bool = False,
+    ) -> None:
         """Start empty, with segments that can grow if *expandable*.
 
         Before more than *capacity_bytes* would be reserved, all cached memory is given back, which
-        waits for deferred frees. What still does not fit is reserved above it; there, torch raises
+        waits for deferred frees. What still does not fit is reserved above it, so that a peak can
+        be told; if *is_strict*, :class:`OutOfCapacity` is raised, where torch raises
         ``OutOfMemoryError``.
         """
         self.capacity_bytes = capacity_bytes
+        self.is_strict = is_strict
         self.expandable = expandable
         self.allocated_bytes = 0
         self.requested_bytes = 0
@@ -363,6 +379,8 @@ class CachingAllocator:
         capacity_bytes = self.capacity_bytes
         if capacity_bytes is not None and self.reserved_bytes + segment_bytes > capacity_bytes:
             self.empty_cache()
+            if self.is_strict and self.reserved_bytes + segment_bytes > capacity_bytes:
+                raise OutOfCapacity(needed)
         if self.expandable:
             block, segment_bytes = pool.map_block(needed)
         else:

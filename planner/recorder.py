@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -479,44 +479,6 @@ class Recorder(Observer):
         finally:
             self.stack.clear()
 
-    @contextlib.contextmanager
-    def intercepting(self) -> Iterator[None]:
-        """Route every module call and component entry method through :meth:`call`."""
-        original = torch.nn.Module.__call__
-
-        def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-            attributes = module.__dict__
-            if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
-                run = functools.partial(original, module)
-                return self.call(module, "forward", run, args, kwargs)
-            if isinstance(attributes.get("forward"), _Method):  # a call within its own call
-                return original(module, *args, **kwargs)
-            forward = _Method(self, module, "forward", module.forward)
-            own = attributes.get("forward")
-            attributes["forward"] = forward
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                if own is None:
-                    del attributes["forward"]
-                else:
-                    attributes["forward"] = own
-
-        torch.nn.Module.__call__ = call_module  # type: ignore[method-assign]
-        wrapped: list[tuple[Any, str]] = []
-        try:
-            for component in self.components.values():
-                for name in (*ENTRY_METHODS, *TILE_METHODS):
-                    method = getattr(component, name, None)
-                    if callable(method) and name not in component.__dict__:
-                        # Not setattr: a module's setattr looks for parameters first.
-                        component.__dict__[name] = _Method(self, component, name, method)
-                        wrapped.append((component, name))
-            yield
-        finally:
-            torch.nn.Module.__call__ = original  # type: ignore[method-assign]
-            for component, name in wrapped:
-                component.__dict__.pop(name, None)
 
 
 def new_frame(entry: str) -> _Frame:
@@ -524,12 +486,55 @@ def new_frame(entry: str) -> _Frame:
     return _Frame(None, "", entry)
 
 
-class _Method:
-    """A component's method, routed through the recorder."""
+Call = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
+"""(module, entry, function, args, kwargs) -> what the function returns."""
 
-    def __init__(self, recorder: Recorder, module: Any, name: str, method: Any) -> None:
-        self.recorder, self.module, self.name, self.method = recorder, module, name, method
+
+@contextlib.contextmanager
+def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[None]:
+    """Route every module call and entry method of *components* through *call*."""
+    original = torch.nn.Module.__call__
+
+    def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+        attributes = module.__dict__
+        if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
+            return call(module, "forward", functools.partial(original, module), args, kwargs)
+        if isinstance(attributes.get("forward"), _Method):  # a call within its own call
+            return original(module, *args, **kwargs)
+        forward = _Method(call, module, "forward", module.forward)
+        own = attributes.get("forward")
+        attributes["forward"] = forward
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            if own is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = own
+
+    torch.nn.Module.__call__ = call_module  # type: ignore[method-assign]
+    wrapped: list[tuple[Any, str]] = []
+    try:
+        for component in components:
+            for name in (*ENTRY_METHODS, *TILE_METHODS):
+                method = getattr(component, name, None)
+                if callable(method) and name not in component.__dict__:
+                    # Not setattr: a module's setattr looks for parameters first.
+                    component.__dict__[name] = _Method(call, component, name, method)
+                    wrapped.append((component, name))
+        yield
+    finally:
+        torch.nn.Module.__call__ = original  # type: ignore[method-assign]
+        for component, name in wrapped:
+            component.__dict__.pop(name, None)
+
+
+class _Method:
+    """A component's method, routed through what intercepts calls."""
+
+    def __init__(self, call: Call, module: Any, name: str, method: Any) -> None:
+        self.call, self.module, self.name, self.method = call, module, name, method
         self.__wrapped__ = method  # what inspect.signature follows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.recorder.call(self.module, self.name, self.method, args, kwargs)
+        return self.call(self.module, self.name, self.method, args, kwargs)

@@ -27,7 +27,7 @@ from pipefit.cost_models.workload import (
     variant_key,
 )
 from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
-from pipefit.planner.recorder import Recorder, new_frame
+from pipefit.planner.recorder import Recorder, intercepting, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
 from pipefit.planner.virtual import VirtualMachine
@@ -51,8 +51,10 @@ Variants = Mapping[str, Sequence[VariantParts]]
 # -- the weightless pipeline
 
 
-def weightless(pipe: Any, machine: VirtualMachine, *, in_place: bool = False) -> Any:
-    """Return a twin of *pipe* whose weights are virtual and on the GPU; *pipe* stays as it is.
+def weightless(
+    pipe: Any, machine: VirtualMachine, *, device: torch.device = GPU, in_place: bool = False
+) -> Any:
+    """Return a twin of *pipe* whose weights are virtual and on *device*; *pipe* stays as it is.
 
     With *in_place* the pipeline's own modules are converted (for one that pipefit built itself).
     """
@@ -63,7 +65,7 @@ def weightless(pipe: Any, machine: VirtualMachine, *, in_place: bool = False) ->
         if isinstance(part, torch.nn.Module):
             for tensor in (*part.parameters(), *part.buffers()):
                 if id(tensor) not in memo:
-                    memo[id(tensor)] = machine.parameter(tensor, GPU)
+                    memo[id(tensor)] = machine.parameter(tensor, device)
             if not in_place:
                 part = copy.deepcopy(part, memo)
             else:
@@ -195,9 +197,9 @@ def trace(
         components = tuple(describe_component(n, m, traits(m)) for n, m in modules.items())
         for component, module in modules.items():
             recorder.adopt(component, module)
-        with recorder.intercepting():
+        with intercepting(recorder.components.values(), recorder.call):
             with recorder.recording(recorder.root):
-                _run(twin, call)
+                run_call(twin, call)
                 workload = _workload(recorder, pipe, name, call, components)
             replaced = {
                 variant_key(component, parts): _trace_variant(
@@ -214,12 +216,17 @@ def trace(
     )
 
 
-def _run(twin: Any, call: Mapping[str, Any]) -> None:
+def run_call(twin: Any, call: Mapping[str, Any]) -> None:
+    """Execute ``twin(**call)`` on the open virtual machine.
+
+    Raises:
+        TraceError: if it fails; but for memory: ``torch.OutOfMemoryError`` as torch raises it.
+    """
     # Tensors that a user passes (embeddings of another pipeline) are on the GPU.
     given = {k: v.to(GPU) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     try:
         twin(**given)
-    except PipefitError:
+    except (PipefitError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the pipeline raises, in its own words
         missing = getattr(error, "name", None) if type(error) is NameError else None
@@ -284,7 +291,7 @@ def _workload(
         grouped.setdefault((component, entry), []).append(ordinal)
     phases = tuple(
         Phase(
-            name=_phase_name(by_name[component], recorder.components[component], entry),
+            name=phase_name(by_name[component], recorder.components[component], entry),
             component=component,
             entry=entry,
             calls=tuple(ordinals),
@@ -314,7 +321,7 @@ def _workload(
     )
 
 
-def _phase_name(component: Component, module: Any, entry: str) -> str:
+def phase_name(component: Component, module: Any, entry: str) -> str:
     """Name a phase by what the component is given, not by what it is called."""
     if entry == "decode":
         return "decode"

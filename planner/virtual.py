@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipefit.planner.virtual_cuda import replaced
+from pipefit.planner.virtual_cuda import Stream, replaced
 from pipefit.planner.virtual_layouts import empty_like, output_shapes, suggests_channels_last
 from pipefit.planner.virtual_tensors import (
     CPU,
@@ -78,6 +78,9 @@ class VirtualMachine:
         self.num_devices = num_devices
         self.in_kernel = False
         """While set, virtual tensors say ``meta``: torch's own kernels are looking at them."""
+        self.num_streams = 0
+        self.default_stream = self.stream = Stream(self)
+        """*stream* is the one that allocates and computes now."""
         self._mode = _Mode(self)
         self._operators: dict[int, _Operator] = {}
         self._stack: contextlib.ExitStack | None = None
@@ -119,6 +122,7 @@ class VirtualMachine:
     def parameter(self, tensor: torch.Tensor, device: torch.device) -> VirtualTensor:
         """Return a weightless twin of a real, meta or virtual parameter or buffer."""
         twin = self.empty(tensor.size(), tensor.stride(), tensor.dtype, device)
+        buffer_of(twin).is_kept = True
         if isinstance(tensor, torch.nn.Parameter):
             twin._is_param = True  # type: ignore[attr-defined]
             twin.requires_grad_(tensor.requires_grad)
@@ -126,6 +130,28 @@ class VirtualMachine:
             with torch._C._DisableTorchDispatch():
                 keep_value(twin, tensor.detach())
         return twin
+
+    def belonging(self, tensor: torch.Tensor) -> VirtualTensor:
+        """Return *tensor* as one that a module keeps: virtual wherever it lies."""
+        if not isinstance(tensor, VirtualTensor):
+            with torch._C._DisableTorchDispatch():
+                tensor = self._upload(tensor, tensor.device)
+        buffer_of(tensor).is_kept = True
+        return tensor
+
+    def pinned(self, tensor: torch.Tensor) -> VirtualTensor:
+        """Return a copy of *tensor* in page-locked host memory."""
+        with torch._C._DisableTorchDispatch():
+            meta = self.on_meta(empty_like, tensor, tensor.dtype, torch.preserve_format)
+            storage = meta.untyped_storage()
+            buffer = Buffer(self, CPU, storage.nbytes(), is_pinned=True)
+            buffer.is_kept = buffer_of(tensor).is_kept
+            storage.__dict__["buffer"] = buffer
+            copy = self.wrap(meta, CPU)
+            value = known_value(tensor)
+            if value is not None:
+                keep_value(copy, value)
+        return copy
 
     # -- moving tensors
 
@@ -145,11 +171,12 @@ class VirtualMachine:
         dtype: torch.dtype | None,
         copy: bool = False,
         memory_format: Any = None,
+        non_blocking: bool = False,
     ) -> torch.Tensor:
         """``tensor.to(...)``: the tensor itself where nothing changes."""
         device = self.normalise(device) or tensor.device
-        if device.type == "meta":  # a tensor that a C++ composite made and that has no home yet
-            device = tensor.device
+        if device.type == "meta" and not tensor.is_meta:
+            return self._dropped(tensor, dtype or tensor.dtype)
         dtype = dtype or tensor.dtype
         if memory_format is not None and memory_format != torch.preserve_format:
             # As to_impl in aten/src/ATen/native/TensorConversions.cpp: by the strides of every
@@ -158,9 +185,19 @@ class VirtualMachine:
         if tensor.device == device and tensor.dtype == dtype and not copy:
             return tensor
         kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+        if non_blocking:
+            kwargs["non_blocking"] = True
         if memory_format is not None:
             kwargs["memory_format"] = memory_format
         return aten._to_copy.default(tensor, **kwargs)
+
+    def _dropped(self, tensor: torch.Tensor, dtype: torch.dtype) -> VirtualTensor:
+        """``tensor.to("meta")``: its geometry, nowhere; what accelerate leaves of a weight."""
+        with torch._C._DisableTorchDispatch():
+            made = self.on_meta(empty_like, tensor, dtype, torch.preserve_format)
+        out = self.wrap(made, META)
+        buffer_of(out).is_kept = buffer_of(tensor).is_kept
+        return out
 
     # -- dispatch. All below runs inside the mode's handler, where operators reach C++ directly.
 
@@ -245,6 +282,8 @@ class VirtualMachine:
                     buffer.device = home
                     if home.type == "cuda":
                         self.observer.allocated(buffer)
+                    else:
+                        self.observer.host_allocated(buffer)
         return home, buffers
 
     def on_meta(self, function: Any, *args: Any) -> Any:
@@ -645,6 +684,7 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
         )
     buffer = buffer_of(target)
     machine.observer.written(buffer)
+    non_blocking = (len(args) > 2 and args[2]) or bool(kwargs.get("non_blocking"))
     value = known_value(source)
     if value is not None and _has_own_values(target) and _all_small((source, target)):
         known_value(target).copy_(value)
@@ -655,8 +695,7 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     if target.is_cuda:
         launch = _launch(machine, operator, args, target.dtype, None)
         machine.observer.launched(launch, operator.func, args, kwargs, target)
-    if not ((len(args) > 2 and args[2]) or kwargs.get("non_blocking")):
-        _wait_between_places(machine, source, target)
+    _cross(machine, source, target, non_blocking)
     return target
 
 
@@ -666,9 +705,11 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     home = machine.normalise(kwargs.get("device")) or source.device
     dtype = kwargs.get("dtype") or source.dtype
     value = known_value(source)
-    if home.type == "cpu" and value is not None and _all_small((source,)):
+    non_blocking = bool(kwargs.get("non_blocking"))
+    is_kept = isinstance(source, VirtualTensor) and buffer_of(source).is_kept
+    if home.type == "cpu" and value is not None and not is_kept and _all_small((source,)):
         known = value.to(dtype, copy=True)
-        _wait_between_places(machine, source, known)
+        _cross(machine, source, known, non_blocking)
         return known
     if home.type == "meta" and isinstance(source, VirtualTensor):
         home = buffer_of(source).device
@@ -677,17 +718,29 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
     out = machine._materialise(launch.outputs, home)
     if home is not None and home.type == "cuda":
         machine.observer.launched(launch, operator.func, args, kwargs, out)
-    if not kwargs.get("non_blocking"):
-        _wait_between_places(machine, source, out)
+    _cross(machine, source, out, non_blocking)
     if value is not None:
         keep_value(out, value)
+    if is_kept:
+        buffer_of(out).is_kept = True
     return out
 
 
-def _wait_between_places(machine: VirtualMachine, one: torch.Tensor, other: torch.Tensor) -> None:
-    """A copy between host and GPU ends with a wait for the stream (``copy_kernel_cuda`` in
-    aten/src/ATen/native/cuda/Copy.cu, torch 2.13)."""
-    if one.is_cuda != other.is_cuda and one.numel():
+def _cross(
+    machine: VirtualMachine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool
+) -> None:
+    """Tell of a copy between host and GPU, which ends with a wait for the stream unless it is
+    *non_blocking* (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu, torch 2.13)."""
+    to_gpu = target.is_cuda
+    if source.is_cuda == to_gpu or not source.numel():
+        return
+    host = source if to_gpu else target
+    machine.observer.copied(
+        source.numel() * source.element_size(),
+        to_gpu=to_gpu,
+        is_pinned=isinstance(host, VirtualTensor) and buffer_of(host).is_pinned,
+    )
+    if not non_blocking:
         machine.observer.synchronised()
 
 

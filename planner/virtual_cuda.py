@@ -217,32 +217,98 @@ def _rms_norm(
     return out
 
 
-class _Stream:
-    """A stream or event that orders nothing: the recorder keeps operators in program order."""
+class Stream:
+    """A stream with an identity and no clock: operators run in program order.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    What it decides is memory: the allocator has pools for each stream, and what a stream was
+    recorded to use (``record_stream``) is free for others when the host has waited for it.
+    """
+
+    def __init__(self, machine: Any) -> None:
+        self.machine = machine
+        self.number = machine.num_streams
+        """0 for the default stream."""
+        machine.num_streams += 1
         self.device = torch.device("cuda", 0)
+        self._before: list[Stream] = []
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Stream:
+        self._before.append(self.machine.stream)
+        self.machine.stream = self
         return self
 
-    def __exit__(self, *exc: Any) -> None: ...
+    def __exit__(self, *exc: Any) -> None:
+        self.machine.stream = self._before.pop()
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.machine.observer.waited(self)
 
     def wait_stream(self, stream: Any) -> None: ...
 
     def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _Stream()
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
+        event = event or Event(self.machine)
+        event.record(self)
+        return event
 
     def query(self) -> bool:
         return True
+
+
+class Event:
+    """A point in a stream; with no clock, it stands for all that the stream was given so far."""
+
+    def __init__(self, machine: Any) -> None:
+        self.machine = machine
+        self.stream = machine.stream
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or self.machine.stream
+
+    def wait(self, stream: Stream | None = None) -> None: ...
+
+    def synchronize(self) -> None:
+        self.machine.observer.waited(self.stream)
+
+    def query(self) -> bool:
+        return True
+
+
+def _made_by(machine: Any, kind: Any) -> type:
+    """Return *kind* as torch's class of that name: whatever it is called with, on *machine*."""
+
+    class Made(kind):  # type: ignore[misc]  # annotations of libraries need a class
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(machine)
+
+    return Made
+
+
+def _count(machine: Any, name: str) -> Any:
+    """Return what answers for one counter of the allocator; 0 where nothing is counted."""
+
+    def answer(device: Any = None) -> int:
+        allocator = machine.observer.allocator
+        return 0 if allocator is None else getattr(allocator, name)
+
+    return answer
+
+
+def _tell_allocator(machine: Any, name: str) -> Any:
+    def do(device: Any = None) -> None:
+        if machine.observer.allocator is not None:
+            getattr(machine.observer.allocator, name)()
+
+    return do
+
+
+def _free_and_total(machine: Any, device: Any = None) -> tuple[int, int]:
+    allocator, free_bytes = machine.observer.allocator, machine.total_bytes
+    if allocator is not None:
+        held = allocator.capacity_bytes
+        free_bytes = (machine.total_bytes if held is None else held) - allocator.reserved_bytes
+    return free_bytes, machine.total_bytes
 
 
 def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
@@ -266,20 +332,20 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: (major, minor) >= (8, 0),
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: machine.observer.waited(None),
+        "empty_cache": _tell_allocator(machine, "empty_cache"),
         "ipc_collect": lambda: None,
-        "mem_get_info": lambda device=None: (machine.total_bytes, machine.total_bytes),
-        "memory_allocated": lambda device=None: 0,
-        "memory_reserved": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "max_memory_reserved": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "current_stream": lambda device=None: _Stream(),
-        "default_stream": lambda device=None: _Stream(),
-        "Stream": _Stream,
-        "Event": _Stream,
-        "stream": lambda stream: _Stream(),
+        "mem_get_info": functools.partial(_free_and_total, machine),
+        "memory_allocated": _count(machine, "allocated_bytes"),
+        "memory_reserved": _count(machine, "reserved_bytes"),
+        "max_memory_allocated": _count(machine, "peak_allocated_bytes"),
+        "max_memory_reserved": _count(machine, "peak_reserved_bytes"),
+        "reset_peak_memory_stats": _tell_allocator(machine, "reset_peak"),
+        "current_stream": lambda device=None: machine.stream,
+        "default_stream": lambda device=None: machine.default_stream,
+        "Stream": _made_by(machine, Stream),
+        "Event": _made_by(machine, Event),
+        "stream": lambda stream: contextlib.nullcontext() if stream is None else stream,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
     }

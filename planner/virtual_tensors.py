@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipefit.cost_models.allocator import CachingAllocator
+
 KNOWN_VALUE_LIMIT_ELEMENTS = 16_384
 """Tensors up to this many elements keep values of their own: token ids, masks, timesteps,
 position ids; not latents. Larger ones only where one value fills them."""
@@ -30,9 +32,20 @@ class Observer:
     """Hears of every allocation, free and kernel, and of every time that the host waits for the
     GPU; the base class ignores them."""
 
+    allocator: CachingAllocator | None = None
+    """What answers ``torch.cuda.memory_allocated`` and its like; None: nothing is counted."""
+
     def allocated(self, buffer: Buffer) -> None: ...
 
     def freed(self, buffer: Buffer) -> None: ...
+
+    def host_allocated(self, buffer: Buffer) -> None: ...
+
+    def host_freed(self, buffer: Buffer) -> None: ...
+
+    def copied(self, num_bytes: int, *, to_gpu: bool, is_pinned: bool) -> None: ...
+
+    def recorded(self, buffer: Buffer, stream: Any) -> None: ...
 
     def launched(
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
@@ -40,7 +53,11 @@ class Observer:
 
     def value_read(self, known: bool, func: Any) -> None: ...
 
-    def synchronised(self) -> None: ...
+    def synchronised(self) -> None:
+        """The host reads what the current stream computes."""
+
+    def waited(self, stream: Any) -> None:
+        """The host waits for *stream*, or for all of them (None), because it was told to."""
 
     def written(self, buffer: Buffer) -> None: ...
 
@@ -72,30 +89,53 @@ class Machine(Protocol):
         dtype: torch.dtype | None,
         copy: bool = ...,
         memory_format: Any = ...,
+        non_blocking: bool = ...,
     ) -> torch.Tensor: ...
+
+    def pinned(self, tensor: torch.Tensor) -> VirtualTensor: ...
+
+    def belonging(self, tensor: torch.Tensor) -> VirtualTensor: ...
 
 
 class Buffer:
     """The state of one storage: where it is, how large, and its values where they are known."""
 
-    __slots__ = ("__weakref__", "device", "machine", "num_bytes", "number", "owner", "value")
+    __slots__ = (
+        "__weakref__", "device", "is_kept", "is_pinned", "machine", "num_bytes", "number", "owner",
+        "value",
+    )  # fmt: skip
 
-    def __init__(self, machine: Machine, device: torch.device | None, num_bytes: int) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        device: torch.device | None,
+        num_bytes: int,
+        is_pinned: bool = False,
+    ) -> None:
         self.machine = machine
         self.device = device
         """None for what a C++ composite made for itself, until a kernel puts it somewhere."""
         self.num_bytes = num_bytes
+        self.is_kept = False
+        """A module's: stays virtual on the CPU as well, so that it can come back in place."""
+        self.is_pinned = is_pinned
         self.value: torch.UntypedStorage | torch.Tensor | None = None
         """The same bytes on the CPU, or the 0-dim tensor that fills it, or None: unknown."""
         self.owner: Any = None
         """Set by the observer, like *number*; whoever counts this buffer."""
         self.number = -1
-        if device is not None and device.type == "cuda":
-            machine.observer.allocated(self)
+        if device is not None:
+            if device.type == "cuda":
+                machine.observer.allocated(self)
+            else:
+                machine.observer.host_allocated(self)
 
     def __del__(self) -> None:
-        if self.device is not None and self.device.type == "cuda":
-            self.machine.observer.freed(self)
+        if self.device is not None:
+            if self.device.type == "cuda":
+                self.machine.observer.freed(self)
+            else:
+                self.machine.observer.host_freed(self)
 
 
 class VirtualTensor(torch.Tensor):
@@ -123,6 +163,17 @@ class VirtualTensor(torch.Tensor):
         return buffer.device or META
 
     @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, tensor: torch.Tensor) -> None:
+        buffer = buffer_of(self)
+        if buffer.is_kept:  # what takes the place of a module's tensor is the module's
+            tensor = buffer.machine.belonging(tensor)
+        torch.Tensor.data.__set__(self, tensor)
+
+    @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return self.device.type == "cuda"
 
@@ -141,18 +192,21 @@ class VirtualTensor(torch.Tensor):
         copy = bool(kwargs.pop("copy", False))
         if args and isinstance(args[0], torch.Tensor):
             other = args[0]
-            args, kwargs = (), {"device": other.device, "dtype": other.dtype, **kwargs}
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        return buffer_of(self).machine.move(self, device, dtype, copy, memory_format)
+            place = None if _is_homeless(other) else other.device
+            args, kwargs = (), {"device": place, "dtype": other.dtype, **kwargs}
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        machine = buffer_of(self).machine
+        return machine.move(self, device, dtype, copy, memory_format, non_blocking)
 
     def cuda(self, device: Any = None, non_blocking: bool = False, **_: Any) -> torch.Tensor:
-        return self.to(torch.device("cuda" if device is None else device))
+        place = torch.device("cuda" if device is None else device)
+        return self.to(place, non_blocking=non_blocking)
 
     def cpu(self, **_: Any) -> torch.Tensor:
         return self.to(CPU)
 
     def type_as(self, other: torch.Tensor) -> torch.Tensor:
-        return self.to(other.device, other.dtype)
+        return self.to(other)
 
     def numpy(self, *, force: bool = False) -> Any:
         if self.device.type == "cuda" and not force:
@@ -179,14 +233,18 @@ class VirtualTensor(torch.Tensor):
         super().__setitem__(_index_of_tensors(index), value)
 
     def pin_memory(self, device: Any = None) -> torch.Tensor:
-        return self
+        return self if self.is_pinned() else buffer_of(self).machine.pinned(self)
 
     def is_pinned(self, device: Any = None) -> bool:
-        return False
+        return buffer_of(self).is_pinned
 
-    def record_stream(self, stream: Any) -> None: ...
+    def record_stream(self, stream: Any) -> None:
+        buffer = buffer_of(self)
+        buffer.machine.observer.recorded(buffer, stream)
 
     def data_ptr(self) -> int:
+        if self.is_meta:
+            return 0
         return id(buffer_of(self)) + self.storage_offset() * self.element_size()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -210,6 +268,10 @@ def _index_of_tensors(index: Any) -> Any:
 def buffer_of(tensor: torch.Tensor) -> Buffer:
     """Return the state behind *tensor*; it must be virtual."""
     return tensor.untyped_storage().__dict__["buffer"]
+
+
+def _is_homeless(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, VirtualTensor) and buffer_of(tensor).device is None
 
 
 def plain(data: Any) -> Any:
