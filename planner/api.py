@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
-from pipefit.errors import InvalidRequest, PlanMismatch
+from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
 from pipefit.planner.options import Pricing, check_required, plan_options
-from pipefit.planner.plan import Plan, PredictedCall
+from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
     BudgetRequest,
     Policy,
@@ -184,25 +184,12 @@ def apply(pipe: Any, plan: Plan) -> Applied:
         PlanMismatch: if it is another one.
         ApplyFailed: if it failed half-way; it was undone.
     """
-    import torch
-
     from pipefit.planner.apply import apply_options, check_pipeline
     from pipefit.planner.guard import hold_to_budget
-    from pipefit.planner.trace import describe_component, fingerprint
 
     check_pipeline(pipe)
-    components = [
-        describe_component(name, part, {})
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module)
-    ]
-    found = fingerprint(type(pipe).__name__, components)
-    if found != plan.fingerprint:
-        raise PlanMismatch(
-            f"The plan was made for a pipeline with fingerprint {plan.fingerprint}, but this "
-            f"{type(pipe).__name__} has {found}: plan again for this pipeline."
-        )
-    gpu = next(g for g in plan.machine.gpus if g.index == min(plan.policy.budget_bytes))
+    _check_fingerprint(pipe, plan)
+    gpu = plan.gpu
     device = _torch_device(gpu)
     applied = apply_options(pipe, plan.options, device, plan=plan)
     try:
@@ -217,6 +204,80 @@ def apply(pipe: Any, plan: Plan) -> Applied:
         applied.undo()
         raise
     return applied
+
+
+def verify(
+    plan: Plan,
+    pipe_or_name: Any = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    dtype: Mapping[str, str] | str | None = None,
+) -> Verification:
+    """Execute the planned call with the real hooks on a virtual GPU, and say if the budget holds.
+
+    Nothing is loaded or moved. *pipe_or_name* is what the plan was made for (a live pipeline or a
+    folder; None: the catalogue pipeline that it names), *call* and *dtype* are as then; the call is
+    the plan's own unless given, and is cut to three denoising steps. Memory only: no clock runs.
+
+    Raises:
+        PlanMismatch: if it is another pipeline.
+        UnknownName, InvalidRequest, UnsupportedPipeline, TraceError, ApplyFailed: as :func:`plan`
+            and :func:`apply`.
+    """
+    import torch
+
+    from pipefit.planner.build import quietly
+    from pipefit.planner.call import default_inputs
+    from pipefit.planner.rehearse import rehearse
+    from pipefit.planner.workloads import source_of
+
+    source = source_of(plan.pipeline if pipe_or_name is None else pipe_or_name, dtype)
+    gpu = plan.gpu
+    budget_bytes = plan.policy.budget_bytes[gpu.index]
+
+    def rehearsed(gpu: Gpu, budget_bytes: int) -> Rehearsal:
+        with quietly():
+            pipe, entry = source.get()
+            _check_fingerprint(pipe, plan)
+            arguments = default_inputs(pipe, entry, plan.call if call is None else call)
+            return rehearse(
+                pipe,
+                plan.options,
+                arguments,
+                gpu,
+                budget_bytes=budget_bytes,
+                in_place=source.is_ours,
+            )
+
+    try:
+        return Verification(plan, rehearsed(gpu, budget_bytes))
+    except (torch.OutOfMemoryError, ApplyFailed) as error:
+        cause = error.__cause__ if isinstance(error, ApplyFailed) else error
+        if not isinstance(cause, torch.OutOfMemoryError):
+            raise
+        full = str(cause)
+    # Once more where there is room: how much would it have been?
+    unbounded = rehearsed(replace(gpu, total_bytes=_ROOM_BYTES, other_bytes=0), _ROOM_BYTES)
+    return Verification(plan, unbounded, out_of_memory=full)
+
+
+_ROOM_BYTES = 1 << 50
+"""More than any GPU has."""
+
+
+def _check_fingerprint(pipe: Any, plan: Plan) -> None:
+    from pipefit.planner.trace import describe_component, fingerprint
+    from pipefit.strategies.live import module_components
+
+    components = [
+        describe_component(name, part, {}) for name, part in module_components(pipe).items()
+    ]
+    found = fingerprint(type(pipe).__name__, components)
+    if found != plan.fingerprint:
+        raise PlanMismatch(
+            f"The plan was made for a pipeline with fingerprint {plan.fingerprint}, but this "
+            f"{type(pipe).__name__} has {found}: plan again for this pipeline."
+        )
 
 
 def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:

@@ -160,6 +160,38 @@ def predict(
 
 
 @app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan written with --out.")],
+    pipeline: Annotated[
+        str | None, typer.Argument(help="Folder that it was made for; names are in the plan.")
+    ] = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Rehearse a saved plan: the real hooks on a virtual GPU; exit code 3 if the budget breaks."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"The plan {str(file)!r} cannot be read ({error}): write one with "
+            "`pipefit plan PIPELINE --out plan.json`."
+        ) from error
+    from pipefit.planner.plan import Plan
+
+    made, dtypes = Plan.from_json(saved), read_dtypes(dtype)
+    from pipefit.planner import api
+    from pipefit.planner.report import verification_report
+
+    with _quiet_output():
+        found = api.verify(made, pipeline, dtype=dtypes)
+    _answer(found.to_json(), verification_report(found), as_json=as_json, out=out)
+    if not found.holds:
+        raise typer.Exit(NoPlanFits.exit_code)
+
+
+@app.command()
 def run(
     pipeline: Pipeline,
     prompt: Annotated[str | None, typer.Argument(help="Same as --set prompt=TEXT.")] = None,

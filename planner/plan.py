@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipefit.cost_models import serial
-from pipefit.cost_models.machine import Machine
+from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.prediction import Prediction
 from pipefit.errors import InvalidRequest
 from pipefit.planner.policy import Policy
@@ -21,6 +21,7 @@ from pipefit.strategies.strategy import Option, Quality
 
 PREDICTION_SCHEMA = "pipefit.prediction/1"
 PLAN_SCHEMA = "pipefit.plan/1"
+VERIFICATION_SCHEMA = "pipefit.verification/1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,11 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU that is planned for."""
+        return next(g for g in self.machine.gpus if g.index == min(self.policy.budget_bytes))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -116,6 +122,107 @@ class PredictedCall(Prediction):
         from pipefit.planner.report import prediction_report, to_text
 
         return to_text(prediction_report(self))
+
+
+@dataclass(slots=True)
+class Copies:
+    """Bytes that crossed the link, by direction and by the kind of host memory."""
+
+    to_gpu_bytes: int = 0
+    to_gpu_pinned_bytes: int = 0
+    """Of these, out of page-locked memory."""
+    to_host_bytes: int = 0
+    to_host_pinned_bytes: int = 0
+
+
+@dataclass(slots=True)
+class RehearsedPhase:
+    """What was counted from a component's first allocation to that of the next one.
+
+    Placing the weights belongs to the first phase, evicting a component to the phase before it.
+    """
+
+    name: str
+    component: str
+    entry: str
+    calls: int = 0
+    allocated_bytes: int = 0
+    """Peak of ``torch.cuda.memory_allocated``."""
+    reserved_bytes: int = 0
+    copies: Copies = field(default_factory=Copies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What one call needed."""
+
+    phases: tuple[RehearsedPhase, ...]
+    placing: Copies
+    """Copied before the call, by applying the options."""
+    host_bytes: int
+    """Peak of tensors in pageable host memory, weights included; not the process's other RAM."""
+    pinned_bytes: int
+    """Peak of page-locked host memory, each tensor's size rounded up to a power of two."""
+    context_bytes: int
+    """CUDA context, predicted, which a budget holds besides what torch reserves."""
+    call: Mapping[str, Any]
+    """As it was executed, with fewer steps."""
+    unknown_reads: Mapping[str, int]
+    """Where -> how many values were read that only real weights give; zero was taken."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Peak of what torch reserved."""
+        return max(phase.reserved_bytes for phase in self.phases)
+
+    @property
+    def process_bytes(self) -> int:
+        """Peak of what the driver would show for the process."""
+        return self.reserved_bytes + self.context_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A plan beside its rehearsal."""
+
+    plan: Plan
+    rehearsal: Rehearsal
+    """With more room than the budget, if that does not hold."""
+    out_of_memory: str = ""
+    """torch's words; empty where the budget holds."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the call went through with torch's allocator held to the budget."""
+        return not self.out_of_memory
+
+    @property
+    def phases(self) -> list[tuple[PhasePrediction | None, RehearsedPhase]]:
+        """What was predicted beside what was rehearsed."""
+        predicted = {(p.component, p.entry): p for p in self.plan.prediction.phases}
+        return [(predicted.get((p.component, p.entry)), p) for p in self.rehearsal.phases]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``pipefit.verification/1``."""
+        rehearsal = serial.to_json(self.rehearsal)
+        for shown, (predicted, _) in zip(rehearsal["phases"], self.phases, strict=True):
+            for key in ("allocated_bytes", "reserved_bytes"):
+                shown[f"predicted_{key}"] = predicted and getattr(predicted, key)
+        return {
+            "schema": VERIFICATION_SCHEMA,
+            "pipeline": self.plan.pipeline,
+            "budget_bytes": self.plan.policy.budget_bytes[self.plan.gpu.index],
+            "holds": self.holds,
+            "out_of_memory": self.out_of_memory,
+            "process_bytes": self.rehearsal.process_bytes,
+            **rehearsal,
+        }
+
+    def __str__(self) -> str:
+        """Return the tables that the command line prints."""
+        from pipefit.planner.report import to_text, verification_report
+
+        return to_text(verification_report(self))
 
 
 def prediction_json(

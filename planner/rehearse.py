@@ -19,7 +19,6 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 from pipefit.planner.apply import apply_options
 from pipefit.planner.kernels import kernel_of
+from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
 from pipefit.planner.recorder import intercepting
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
@@ -44,63 +44,6 @@ REHEARSED_STEPS = 3
 """Denoising steps of a rehearsed call: streamed group offload records the order of its groups in the
 first forward, looks ahead in the second, and begins the third with what the second left behind
 (hooks/group_offloading.py, diffusers 0.42.1). Peaks of later steps repeat."""
-
-
-@dataclass(slots=True)
-class Copies:
-    """Bytes that crossed the link, by direction and by the kind of host memory."""
-
-    to_gpu_bytes: int = 0
-    to_gpu_pinned_bytes: int = 0
-    """Of these, out of page-locked memory."""
-    to_host_bytes: int = 0
-    to_host_pinned_bytes: int = 0
-
-
-@dataclass(slots=True)
-class RehearsedPhase:
-    """What was counted from a component's first allocation to that of the next one.
-
-    Placing the weights belongs to the first phase, evicting a component to the phase before it.
-    """
-
-    name: str
-    component: str
-    entry: str
-    calls: int = 0
-    allocated_bytes: int = 0
-    """Peak of ``torch.cuda.memory_allocated``."""
-    reserved_bytes: int = 0
-    copies: Copies = field(default_factory=Copies)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsal:
-    """What one call needed."""
-
-    phases: tuple[RehearsedPhase, ...]
-    placing: Copies
-    """Copied before the call, by applying the options."""
-    host_bytes: int
-    """Peak of tensors in pageable host memory, weights included; not the process's other RAM."""
-    pinned_bytes: int
-    """Peak of page-locked host memory, each tensor's size rounded up to a power of two."""
-    context_bytes: int
-    """CUDA context, predicted, which a budget holds besides what torch reserves."""
-    call: Mapping[str, Any]
-    """As it was executed, with fewer steps."""
-    unknown_reads: Mapping[str, int]
-    """Where -> how many values were read that only real weights give; zero was taken."""
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Peak of what torch reserved."""
-        return max(phase.reserved_bytes for phase in self.phases)
-
-    @property
-    def process_bytes(self) -> int:
-        """Peak of what the driver would show for the process."""
-        return self.reserved_bytes + self.context_bytes
 
 
 class Stage(Observer):

@@ -20,7 +20,7 @@ from rich.text import Text
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.prediction import PhasePrediction, Prediction
 from pipefit.cost_models.units import format_bytes, format_seconds
-from pipefit.planner.plan import Plan, PredictedCall
+from pipefit.planner.plan import Plan, PredictedCall, Verification
 from pipefit.strategies.strategy import Option
 
 REPORT_WIDTH = 100
@@ -103,6 +103,57 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
         parts += [_option_table(predicted.options), ""]
     parts += _assumptions(predicted.assumptions)
     return Group(*parts)
+
+
+def verification_report(verified: Verification) -> RenderableType:
+    """Return predicted beside rehearsed peaks, phase by phase, and whether the budget holds."""
+    plan, rehearsal = verified.plan, verified.rehearsal
+    budget_bytes = plan.policy.budget_bytes[plan.gpu.index]
+    peak = f"{format_bytes(rehearsal.process_bytes)} at its peak"
+    verdict = Text(
+        f"the budget of {format_bytes(budget_bytes)} holds: the process has {peak}"
+        if verified.holds
+        else f"the budget of {format_bytes(budget_bytes)} does NOT hold: the process needs {peak}",
+        style="green" if verified.holds else "red",
+    )
+    table = _table(
+        "phase", "component", ">calls", ">predicted", ">allocated", ">predicted", ">reserved",
+        ">to GPU", ">to host",
+    )  # fmt: skip
+    for predicted, phase in verified.phases:
+        table.add_row(
+            phase.name,
+            phase.component,
+            str(phase.calls),
+            format_bytes(predicted.allocated_bytes) if predicted else "",
+            format_bytes(phase.allocated_bytes),
+            format_bytes(predicted.reserved_bytes) if predicted else "",
+            format_bytes(phase.reserved_bytes),
+            format_bytes(phase.copies.to_gpu_bytes),
+            format_bytes(phase.copies.to_host_bytes),
+        )
+    notes = [
+        "Peaks as torch counts them, predicted and rehearsed; the context of "
+        f"{format_bytes(rehearsal.context_bytes)} comes on top.",
+        f"Host memory of tensors {format_bytes(rehearsal.host_bytes)}, page-locked "
+        f"{format_bytes(rehearsal.pinned_bytes)}; placed before the call "
+        f"{format_bytes(rehearsal.placing.to_gpu_bytes)}.",
+        "A call of three denoising steps at most was executed; no clock runs, so record_stream "
+        "shows the most that it may reserve.",
+    ]
+    notes += [f"torch: {verified.out_of_memory}"] if verified.out_of_memory else []
+    notes += [
+        f"{where} read {count} values that only real weights give; zero was taken."
+        for where, count in rehearsal.unknown_reads.items()
+    ]
+    return Group(
+        _headline(plan.pipeline, rehearsal.call, plan.machine),
+        verdict,
+        "",
+        table,
+        "",
+        *(Text(f"· {note}") for note in notes),
+    )
 
 
 def machine_report(machine: Machine) -> RenderableType:

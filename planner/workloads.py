@@ -59,7 +59,7 @@ def observe(
         TraceError: if the pipeline's own call fails.
     """
     say = progress or (lambda text: None)
-    source = _source(subject, dtype)
+    source = source_of(subject, dtype)
     plain = _trace(source, call or {}, gpu, policy, (), say)
     asked = _asked(plain, policy)
     offered = _offered(plain, gpu, policy)
@@ -139,7 +139,7 @@ def _offered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where a pipeline comes from: how to recognise it again, and how to get it."""
 
     name: str
@@ -150,13 +150,19 @@ class _Source:
     """pipefit built it, so that tracing may convert it in place."""
 
 
-def _source(subject: Any, dtype: Mapping[str, str] | str | None) -> _Source:
+def source_of(subject: Any, dtype: Mapping[str, str] | str | None) -> Source:
+    """Return where *subject*, a live pipeline, a catalogue name or a folder, comes from.
+
+    Raises:
+        UnknownName: for a name that is neither. UnsupportedPipeline, InvalidRequest: see
+            :func:`pipefit.planner.apply.check_pipeline`.
+    """
     if isinstance(subject, (str, Path)):
         return _named(subject, dtype)
     return _live(subject)
 
 
-def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> _Source:
+def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> Source:
     def get() -> tuple[Any, Mapping[str, Any] | None]:
         from pipefit.planner.build import build_pipeline
 
@@ -169,21 +175,21 @@ def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> _Sourc
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*.json"))
         }
-        return _Source(folder.name, {"folder": content, "dtype": dtype}, get, True)
+        return Source(folder.name, {"folder": content, "dtype": dtype}, get, True)
     try:
         entry = pipeline_entry(str(subject))
     except UnknownName:
         get()  # says what it is instead: a missing folder, a hub id, a misspelt name
         raise
-    return _Source(entry["name"], {"entry": entry, "dtype": dtype}, get, True)
+    return Source(entry["name"], {"entry": entry, "dtype": dtype}, get, True)
 
 
-def _live(pipe: Any) -> _Source:
+def _live(pipe: Any) -> Source:
     from pipefit.planner.apply import check_pipeline
 
     check_pipeline(pipe)
     key = {"live": type(pipe).__name__, "state": state_digest(pipe)}
-    return _Source(type(pipe).__name__, key, lambda: (pipe, None), False)
+    return Source(type(pipe).__name__, key, lambda: (pipe, None), False)
 
 
 def state_digest(pipe: Any) -> str:
@@ -230,7 +236,7 @@ def state_digest(pipe: Any) -> str:
 
 
 def _trace(
-    source: _Source,
+    source: Source,
     call: Mapping[str, Any],
     gpu: Gpu,
     policy: Policy,
@@ -258,7 +264,7 @@ def _trace(
 
 
 def _execute(
-    source: _Source,
+    source: Source,
     call: Mapping[str, Any],
     gpu: Gpu,
     policy: Policy,
