@@ -203,8 +203,8 @@ def _block_groups(
 def sequential_groups(component: Component) -> Groups:
     """Return what sequential offload loads: the direct tensors of every module.
 
-    Buffers stay on the GPU (see :func:`sequential_resident_bytes`) unless the component itself owns
-    a parameter.
+    Buffers stay on the GPU (see :func:`sequential_resident_bytes`) unless they are saved and the
+    component itself owns a parameter.
     """
     return _sequential_groups(_ByIdentity(component))
 
@@ -212,10 +212,10 @@ def sequential_groups(component: Component) -> Groups:
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
 def _sequential_groups(of: _ByIdentity) -> Groups:
     component = of.component
-    with_buffers = _offloads_buffers(component)
+    kept = _kept_buffers(component)
     own: dict[str, list[TensorInfo]] = {}
     for tensor in component.tensors:
-        if with_buffers or not tensor.is_buffer:
+        if tensor not in kept:
             own.setdefault(_owner(tensor), []).append(tensor)
     return Groups(
         groups=tuple(
@@ -227,9 +227,7 @@ def _sequential_groups(of: _ByIdentity) -> Groups:
 
 def sequential_resident_bytes(component: Component) -> tuple[int, ...]:
     """Return the buffers that sequential offload leaves on the GPU, in order."""
-    if _offloads_buffers(component):
-        return ()
-    return tuple(_storages(tensor for tensor in component.tensors if tensor.is_buffer))
+    return tuple(_storages(_kept_buffers(component)))
 
 
 def model_offload_residency(workload: Workload) -> Residency:
@@ -417,5 +415,9 @@ def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
             yield tensor.num_bytes
 
 
-def _offloads_buffers(component: Component) -> bool:
-    return any("." not in t.path and not t.is_buffer for t in component.tensors)
+def _kept_buffers(component: Component) -> list[TensorInfo]:
+    """diffusers asks for buffers to be offloaded where the component itself owns a parameter
+    (``enable_sequential_cpu_offload`` in pipelines/pipeline_utils.py, 0.42.1); accelerate 1.15 then
+    leaves out those that are not saved (``remove_non_persistent`` in hooks.py)."""
+    offloads_buffers = any("." not in t.path and not t.is_buffer for t in component.tensors)
+    return [t for t in component.tensors if t.is_buffer and not (offloads_buffers and t.persistent)]
