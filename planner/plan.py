@@ -14,7 +14,7 @@ from typing import Any
 
 from pipefit.cost_models import serial
 from pipefit.cost_models.machine import Gpu, Machine
-from pipefit.cost_models.prediction import Prediction
+from pipefit.cost_models.prediction import PhasePrediction, Prediction
 from pipefit.errors import InvalidRequest
 from pipefit.planner.policy import Policy
 from pipefit.strategies.strategy import Option, Quality

@@ -480,7 +480,6 @@ class Recorder(Observer):
             self.stack.clear()
 
 
-
 def new_frame(entry: str) -> _Frame:
     """Return a frame that is no module's call, for :meth:`Recorder.recording`."""
     return _Frame(None, "", entry)

@@ -1,9 +1,9 @@
 """A plan executed without hardware: the real hooks, on a GPU whose memory is counted to the byte.
 
 The options are applied to a weightless twin of the pipeline as :mod:`pipefit.planner.apply` does
-it, and the pipeline's own call runs under the hooks of diffusers and accelerate. Allocations, frees,
-streams, library workspaces and ``empty_cache`` drive the allocator model while it happens, so that
-nothing of how hooks move weights is assumed; a prediction assumes it.
+it, and the pipeline's own call runs under the hooks of diffusers and accelerate. Allocations,
+frees, streams, library workspaces and ``empty_cache`` drive the allocator model while it happens,
+so that nothing of how hooks move weights is assumed; a prediction assumes it.
 
 There is no clock yet. Blocks that another stream was recorded to use (``record_stream``) are free
 again when the host next waits for that stream; on a GPU that keeps pace it is sooner, so reserved
@@ -41,8 +41,8 @@ from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 
 REHEARSED_STEPS = 3
-"""Denoising steps of a rehearsed call: streamed group offload records the order of its groups in the
-first forward, looks ahead in the second, and begins the third with what the second left behind
+"""Denoising steps of a rehearsed call: streamed group offload records the order of its groups in
+the first forward, looks ahead in the second, and begins the third with what the second left behind
 (hooks/group_offloading.py, diffusers 0.42.1). Peaks of later steps repeat."""
 
 
@@ -193,7 +193,7 @@ class Stage(Observer):
         return block
 
     def _no_room(self, num_bytes: int) -> str:
-        """As ``DeviceCachingAllocator::malloc`` in c10/cuda/CUDACachingAllocator.cpp, torch 2.13."""
+        """As ``DeviceCachingAllocator::malloc``, c10/cuda/CUDACachingAllocator.cpp, torch 2.13."""
         allocator = self.allocator
         used_bytes = allocator.reserved_bytes + self.context_bytes
         free_bytes = max(0, self.gpu.total_bytes - self.gpu.other_bytes - used_bytes)
@@ -300,7 +300,7 @@ def rehearse(
     budget_bytes: int | None = None,
     in_place: bool = False,
 ) -> Rehearsal:
-    """Apply *options* to a weightless twin of *pipe* and execute ``pipe(**call)`` on a virtual *gpu*.
+    """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
     The call is cut to :data:`REHEARSED_STEPS` denoising steps. *pipe* stays as it is unless
     *in_place*. No clock runs: memory and bytes, not seconds.
@@ -310,12 +310,14 @@ def rehearse(
         ApplyFailed: applying does not, or fails otherwise. InvalidRequest, UnsupportedPipeline: as
             :func:`pipefit.planner.apply.apply_options`. TraceError: the call itself fails.
     """
-    with on_stage(pipe, gpu, budget_bytes=budget_bytes, in_place=in_place) as stage:
-        with apply_options(stage.pipe, options, GPU):
-            shortened = shortened_call(stage.pipe, call)
-            with stage.counting():
-                run_call(stage.pipe, shortened)
-            return stage.rehearsal(shortened)
+    shortened = shortened_call(pipe, call)
+    with (
+        on_stage(pipe, gpu, budget_bytes=budget_bytes, in_place=in_place) as stage,
+        apply_options(stage.pipe, options, GPU),
+    ):
+        with stage.counting():
+            run_call(stage.pipe, shortened)
+        return stage.rehearsal(shortened)
 
 
 def shortened_call(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Sharing is part of the test: whatever a test applies has to be undone without a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,3 +54,29 @@ def block_level_options(pipe: Any) -> list[Option]:
             parameters = {"offload_type": "leaf_level"}
         options.append(Option(strategy="group_offload", component=component, parameters=parameters))
     return options
+
+
+def _by_group(**parameters: Any) -> Callable[[Any], list[Option]]:
+    return lambda pipe: options_where_possible(
+        pipe, "group_offload", parameters, otherwise="resident"
+    )
+
+
+_BLOCKS = {"offload_type": "block_level", "num_blocks_per_group": 1}
+_LEAVES = {"offload_type": "leaf_level"}
+
+PLACEMENTS: dict[str, Callable[[Any], list[Option]]] = {
+    "resident": lambda pipe: [
+        Option(strategy="resident", component=name) for name in module_components(pipe)
+    ],
+    "model_offload": lambda pipe: [Option(strategy="model_offload")],
+    "sequential_offload": lambda pipe: [Option(strategy="sequential_offload")],
+    "leaves": _by_group(**_LEAVES),
+    "leaves, streamed": _by_group(**_LEAVES, use_stream=True),
+    "leaves, streamed and recorded": _by_group(**_LEAVES, use_stream=True, record_stream=True),
+    "leaves, streamed, little RAM": _by_group(**_LEAVES, use_stream=True, low_cpu_mem_usage=True),
+    "blocks": _by_group(**_BLOCKS),
+    "blocks of their own": block_level_options,
+    "blocks, streamed": _by_group(**_BLOCKS, use_stream=True),
+}
+"""How every component of a pipeline is placed -> the options for it."""

@@ -1,0 +1,335 @@
+"""The real hooks on a virtual GPU against what the replay predicts, phase by phase.
+
+They agree to the byte but for two things. Blocks without a stream: buffers that a group lists beside
+its modules exist twice once ``module.to("cpu")`` has replaced them, which the replay counts from the
+first forward on (1 KiB of a CLIP encoder). Streamed leaves of Sana: 512 bytes more than predicted
+stay on the GPU after the transformer, unexplained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks.group_offloading import GroupOffloadingHook, ModuleGroup
+from tests.end_to_end.small_runs import PLACEMENTS, untouched
+from tests.small_pipelines import SMALL_PIPELINES, small_call
+
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.memory import PhaseMemory, simulate
+from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.units import GIB, MIB
+from pipefit.cost_models.workload import Workload
+from pipefit.errors import ApplyFailed
+from pipefit.planner.api import plan, verify
+from pipefit.planner.apply import apply_options
+from pipefit.planner.build import build_pipeline, quietly
+from pipefit.planner.catalog import find_gpu, reference_machine
+from pipefit.planner.plan import Rehearsal
+from pipefit.planner.rehearse import REHEARSED_STEPS, on_stage, rehearse, shortened_call
+from pipefit.planner.signatures import GPU
+from pipefit.planner.snapshot import differences, snapshot
+from pipefit.planner.trace import trace
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.live import module_components
+from pipefit.strategies.strategy import Option
+
+CARD = find_gpu("rtx-4060")
+NO_LIBRARIES = Gpu(name="cpu", architecture="cpu", total_bytes=1 << 40, free_bytes=1 << 40)
+"""Without workspaces: next to those of cuBLAS, small pipelines are nothing."""
+
+SAME = 0.005
+"""Share by which the allocated peak of a phase may be off; a planted defect has to exceed DEFECT."""
+DEFECT = 0.02
+
+QUICK = ("stable_diffusion_xl", "flux")
+FEW = ("resident", "model_offload", "sequential_offload", "leaves, streamed")
+CASES = [
+    pytest.param(
+        name, placement, marks=() if name in QUICK and placement in FEW else pytest.mark.slow
+    )
+    for name in SMALL_PIPELINES
+    for placement in PLACEMENTS
+]
+
+
+@functools.cache
+def traced(name: str) -> Workload:
+    return trace(untouched(name)[0], small_call(name), name=name, traits=traits_of)
+
+
+def predicted(
+    found: Workload, options: list[Option], gpu: Gpu
+) -> dict[tuple[str, str], PhaseMemory]:
+    choices = {}
+    for component in found.components:
+        option = next(o for o in options if o.component in (component.name, None))
+        placement = strategy(option.strategy).placement(option.parameters)
+        choices[component.name] = Choice(placement=placement)
+    keys = [(phase.component, phase.entry) for phase in found.phases]
+    return dict(zip(keys, simulate(found, choices, gpu), strict=True))
+
+
+def apart(rehearsal: Rehearsal, prediction: dict[tuple[str, str], PhaseMemory]) -> float:
+    """Return by which share the allocated peaks of a phase differ at most."""
+    assert [(p.component, p.entry) for p in rehearsal.phases] == list(prediction)
+    return max(
+        abs(prediction[p.component, p.entry].allocated_bytes / p.allocated_bytes - 1)
+        for p in rehearsal.phases
+    )
+
+
+def peaks(name: str, placement: str) -> tuple[Rehearsal, float]:
+    """Rehearse the small pipeline *name*; return it with how far the prediction is off."""
+    pipe, _ = untouched(name)
+    options = PLACEMENTS[placement](pipe)
+    rehearsal = rehearse(pipe, options, small_call(name), NO_LIBRARIES)
+    return rehearsal, apart(rehearsal, predicted(traced(name), options, NO_LIBRARIES))
+
+
+@pytest.mark.parametrize(("name", "placement"), CASES)
+def test_every_phase_allocates_what_the_replay_says(name: str, placement: str) -> None:
+    rehearsal, off = peaks(name, placement)
+    assert off < SAME
+    assert all(p.reserved_bytes >= p.allocated_bytes for p in rehearsal.phases)
+    assert all(p.copies.to_gpu_pinned_bytes <= p.copies.to_gpu_bytes for p in rehearsal.phases)
+
+
+def test_page_locked_copies_are_counted_where_weights_are_streamed() -> None:
+    plain, _ = peaks("flux", "leaves")
+    streamed, _ = peaks("flux", "leaves, streamed")
+    frugal, _ = peaks("flux", "leaves, streamed, little RAM")
+    assert plain.pinned_bytes == 0 < frugal.pinned_bytes < streamed.pinned_bytes
+    transformer = {p.component: p.copies for p in streamed.phases}["transformer"]
+    assert transformer.to_gpu_pinned_bytes > 0.9 * transformer.to_gpu_bytes
+    assert transformer.to_host_bytes < 0.1 * transformer.to_gpu_bytes
+    both_ways = {p.component: p.copies for p in plain.phases}["transformer"]
+    assert both_ways.to_host_bytes == pytest.approx(both_ways.to_gpu_bytes, rel=0.1)
+
+
+def test_what_another_stream_still_uses_is_reserved_longer() -> None:
+    # Without a clock the host is never seen to run late, so this is the most that it can be.
+    streamed, _ = peaks("stable_diffusion_xl", "leaves, streamed")
+    recorded, off = peaks("stable_diffusion_xl", "leaves, streamed and recorded")
+    assert off < SAME
+    assert recorded.reserved_bytes > streamed.reserved_bytes
+
+
+# -- planted defects
+
+
+@contextmanager
+def replaced(owner: Any, name: str, made: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, made)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def test_a_hook_that_does_not_evict_is_caught() -> None:
+    assert peaks("flux", "leaves")[1] < SAME
+
+    def keep(self: Any, module: Any, output: Any) -> Any:
+        return output
+
+    with replaced(GroupOffloadingHook, "post_forward", keep):
+        assert peaks("flux", "leaves")[1] > DEFECT
+
+
+def test_a_look_ahead_of_two_is_caught() -> None:
+    assert peaks("flux", "blocks, streamed")[1] < SAME
+    onload, before = ModuleGroup.onload_, GroupOffloadingHook.pre_forward
+
+    def look_further(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        result = before(self, module, *args, **kwargs)
+        if self.group.onload_leader is module and self.next_group is not None:
+            hook = self.next_group.onload_leader._diffusers_hook.get_hook("group_offloading")
+            if hook.next_group is not None:
+                onload(hook.next_group)
+        return result
+
+    with replaced(GroupOffloadingHook, "pre_forward", look_further):
+        assert peaks("flux", "blocks, streamed")[1] > DEFECT
+
+
+# -- the size of the GPU
+
+
+@pytest.mark.parametrize("placement", FEW)
+def test_workspaces_are_those_of_the_replay(placement: str) -> None:
+    pipe, _ = untouched("stable_diffusion_xl")
+    options, call = PLACEMENTS[placement](pipe), small_call("stable_diffusion_xl")
+    rehearsal = rehearse(pipe, options, call, CARD)
+    assert apart(rehearsal, predicted(traced("stable_diffusion_xl"), options, CARD)) == 0
+    assert all(p.allocated_bytes > 8 * MIB for p in rehearsal.phases)
+
+
+@pytest.mark.parametrize("placement", FEW)
+def test_memory_runs_out_below_the_peak_and_not_at_it(placement: str) -> None:
+    pipe, _ = untouched("flux")
+    options, call = PLACEMENTS[placement](pipe), small_call("flux")
+    free = rehearse(pipe, options, call, CARD)
+    assert rehearse(pipe, options, call, CARD, budget_bytes=free.process_bytes)
+    allocated_bytes = max(p.allocated_bytes for p in free.phases)
+    with pytest.raises((torch.OutOfMemoryError, ApplyFailed)) as failure:
+        rehearse(pipe, options, call, CARD, budget_bytes=free.context_bytes + allocated_bytes - MIB)
+    error = failure.value.__cause__ or failure.value
+    assert str(error).startswith("CUDA out of memory. Tried to allocate ")
+    assert isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def test_counters_of_torch_answer_for_the_virtual_gpu() -> None:
+    with on_stage(untouched("flux")[0], CARD) as stage:
+        assert torch.cuda.memory_allocated() == 0
+        made = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")
+        assert torch.cuda.memory_allocated() == torch.cuda.max_memory_allocated() == 3 * MIB
+        assert torch.cuda.memory_reserved() == 20 * MIB
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        assert total_bytes == CARD.total_bytes
+        assert free_bytes == total_bytes - CARD.other_bytes - stage.context_bytes - 20 * MIB
+        del made
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_allocated() == torch.cuda.memory_reserved() == 0
+        assert torch.cuda.max_memory_reserved() == 20 * MIB
+
+
+def test_each_stream_has_a_pool_and_recorded_blocks_wait() -> None:
+    with on_stage(untouched("flux")[0], CARD) as stage:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            assert torch.cuda.current_stream() is side
+            made = torch.empty(12 * MIB, dtype=torch.uint8, device="cuda")
+        made.record_stream(torch.cuda.current_stream())
+        del made
+        assert torch.cuda.memory_allocated() == 0
+        assert stage.allocator.num_deferred == 1
+        other = torch.empty(12 * MIB, dtype=torch.uint8, device="cuda")
+        assert torch.cuda.memory_reserved() == 24 * MIB
+        torch.cuda.current_stream().synchronize()
+        assert stage.allocator.num_deferred == 0
+        with torch.cuda.stream(side):
+            again = torch.empty(12 * MIB, dtype=torch.uint8, device="cuda")
+        assert torch.cuda.memory_reserved() == 24 * MIB
+        del other, again
+
+
+# -- the twin
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_undoing_leaves_the_twin_as_it_was(placement: str) -> None:
+    pipe, _ = untouched("stable_diffusion_xl")
+    with on_stage(pipe, CARD) as stage:
+        before = snapshot(stage.pipe)
+        with apply_options(stage.pipe, PLACEMENTS[placement](pipe), GPU), stage.counting():
+            stage.pipe(**small_call("stable_diffusion_xl"))
+        assert differences(before, snapshot(stage.pipe)) == ()
+        assert stage.pinned_bytes == 0
+        weights_bytes = stage.allocator.allocated_bytes
+    assert weights_bytes < 10 * MIB  # cuBLAS keeps its workspace
+
+
+def test_a_call_is_cut_to_the_steps_that_repeat() -> None:
+    pipe, _ = untouched("stable_diffusion_xl")
+    assert shortened_call(pipe, {})["num_inference_steps"] == REHEARSED_STEPS
+    assert shortened_call(pipe, {"num_inference_steps": 2}) == {"num_inference_steps": 2}
+    assert shortened_call(pipe, {"sigmas": [1.0, 0.5]}) == {"sigmas": [1.0, 0.5]}
+    pictures, _ = untouched("stable_diffusion_xl_img2img")
+    assert shortened_call(pictures, {"strength": 0.5})["num_inference_steps"] == 6
+
+
+# -- verify
+
+
+def test_a_plan_is_verified_and_a_broken_budget_is_seen() -> None:
+    pipe, _ = untouched("flux")
+    call = {k: v for k, v in small_call("flux").items() if k != "generator"}
+    made = plan(pipe, "1GB", call=call, machine=reference_machine(["rtx-4060"]))
+    verified = verify(made, pipe)
+    assert verified.holds
+    assert "holds" in str(verified)
+    index = made.gpu.index
+    tight = verified.rehearsal.context_bytes + MIB
+    broken = replace(made, policy=replace(made.policy, budget_bytes={index: tight}))
+    refused = verify(broken, pipe)
+    assert not refused.holds
+    assert "CUDA out of memory" in str(refused)
+    assert refused.to_json()["holds"] is False
+    assert len(refused.phases) == len(verified.phases)
+
+
+# -- a large model
+
+
+def sequential(transformer: Any) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(transformer, GPU, offload_buffers=True)
+
+
+def in_turns(transformer: Any) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(transformer, GPU)
+
+
+def group(**parameters: Any) -> Callable[[Any], None]:
+    return lambda transformer: transformer.enable_group_offload(onload_device=GPU, **parameters)
+
+
+BLOCK = {"offload_type": "block_level", "num_blocks_per_group": 1}
+LEAF = {"offload_type": "leaf_level"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "expected_gib"),
+    [
+        (lambda transformer: transformer.to(GPU), 22.625),
+        (in_turns, 22.625),
+        (sequential, 0.466),
+        (group(**LEAF), 0.466),
+        (group(**BLOCK), 1.087),
+        (group(**{**BLOCK, "num_blocks_per_group": 4}), 2.986),
+        (group(**BLOCK, use_stream=True), 1.720),
+        (group(**BLOCK, use_stream=True, record_stream=True), 1.720),
+        (group(**BLOCK, use_stream=True, low_cpu_mem_usage=True), 1.720),
+        (group(**LEAF, use_stream=True), 0.545),
+        (group(**LEAF, use_stream=True, record_stream=True), 0.545),
+        (group(**LEAF, use_stream=True, low_cpu_mem_usage=True), 0.545),
+    ],
+)
+def test_flux_1_dev_under_every_hook(place: Callable[[Any], None], expected_gib: float) -> None:
+    """What an independent prototype of 650 lines counted, without the allocator's blocks."""
+    with quietly():
+        pipe, _ = build_pipeline("flux.1-dev")
+    for name in module_components(pipe):
+        if name != "transformer":
+            setattr(pipe, name, None)
+    with on_stage(pipe, NO_LIBRARIES, in_place=True) as stage:
+        transformer = stage.pipe.transformer
+        place(transformer)
+
+        def given(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16, device=GPU)
+
+        with stage.counting():
+            for _ in range(REHEARSED_STEPS):
+                transformer(
+                    hidden_states=given(1, 4096, 64),
+                    encoder_hidden_states=given(1, 512, 4096),
+                    pooled_projections=given(1, 768),
+                    timestep=given(1),
+                    guidance=given(1),
+                    img_ids=given(4096, 3),
+                    txt_ids=given(512, 3),
+                )
+        (phase,) = stage.rehearsal({}).phases
+    assert phase.allocated_bytes / GIB == pytest.approx(expected_gib, rel=0.01)
