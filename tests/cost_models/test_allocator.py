@@ -14,6 +14,7 @@ from pipefit.cost_models.allocator import (
     ADDRESS_RANGE_BYTES,
     Block,
     CachingAllocator,
+    OutOfCapacity,
     allocated_bytes,
     block_bytes,
 )
@@ -375,6 +376,19 @@ def test_cached_segments_are_given_back_before_the_capacity_is_exceeded() -> Non
     assert allocator.reserved_bytes == 80 * MIB
     allocator.allocate(30 * MIB)
     assert allocator.reserved_bytes == 110 * MIB
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_a_strict_allocator_is_full_once_nothing_cached_is_left(expandable: bool) -> None:
+    allocator = CachingAllocator(100 * MIB, expandable=expandable, is_strict=True)
+    allocator.free(allocator.allocate(60 * MIB))
+    kept = allocator.allocate(80 * MIB)
+    with pytest.raises(OutOfCapacity):
+        allocator.allocate(30 * MIB)
+    assert allocator.reserved_bytes == allocator.allocated_bytes == 80 * MIB
+    allocator.free(kept)
+    allocator.allocate(100 * MIB)
+    assert allocator.allocated_bytes == allocator.capacity_bytes
 
 
 def test_reset_peak_starts_from_what_is_held() -> None:

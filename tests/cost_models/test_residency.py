@@ -338,6 +338,10 @@ def test_sequential_offload_keeps_buffers_unless_the_component_owns_a_parameter(
     )
     assert sequential_resident_bytes(owning) == ()
     assert sorted(g.num_bytes for g in sequential_groups(owning).groups) == [10, 1000, 2064]
+    unsaved = replace(tensor("blocks.1.turns", 32, is_buffer=True), persistent=False)
+    owning = replace(owning, tensors=(*owning.tensors, unsaved))
+    assert sequential_resident_bytes(owning) == (32,)
+    assert sorted(g.num_bytes for g in sequential_groups(owning).groups) == [10, 1000, 2064]
 
 
 def walk(hooks: GroupHooks, paths: list[str], entry: str = "forward") -> list[list[int]]:

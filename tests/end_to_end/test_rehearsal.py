@@ -1,9 +1,9 @@
 """The real hooks on a virtual GPU against what the replay predicts, phase by phase.
 
-They agree to the byte but for two things. Blocks without a stream: buffers that a group lists beside
-its modules exist twice once ``module.to("cpu")`` has replaced them, which the replay counts from the
-first forward on (1 KiB of a CLIP encoder). Streamed leaves of Sana: 512 bytes more than predicted
-stay on the GPU after the transformer, unexplained.
+They agree to the byte but for two things. Blocks without a stream: buffers that a group lists
+beside its modules exist twice once ``module.to("cpu")`` has replaced them, which the replay counts
+from the first forward on (1 KiB of a CLIP encoder). Streamed leaves of Sana: 512 bytes more than
+predicted stay on the GPU after the transformer, unexplained.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_LIBRARIES = Gpu(name="cpu", architecture="cpu", total_bytes=1 << 40, free_byt
 """Without workspaces: next to those of cuBLAS, small pipelines are nothing."""
 
 SAME = 0.005
-"""Share by which the allocated peak of a phase may be off; a planted defect has to exceed DEFECT."""
+"""Share by which the allocated peak of a phase may be off; a planted defect exceeds DEFECT."""
 DEFECT = 0.02
 
 QUICK = ("stable_diffusion_xl", "flux")

@@ -50,6 +50,8 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
         ["plan", "sdxl", "--gpu", "rtx-4060", "--dtype", "vae="],
         ["predict", "sdxl", "--gpu", "rtx-4060", "--with", "magic"],
         ["catalog", "--json", "--out", "/no/such/folder/catalogue.json"],
+        ["verify"],
+        ["verify", "/no/such/plan.json"],
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, capsys) -> None:
@@ -71,7 +73,7 @@ def test_the_help_names_every_command(capsys) -> None:
     without_command = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == without_command.strip()
-    for command in ("probe", "plan", "predict", "run", "catalog"):
+    for command in ("probe", "plan", "predict", "verify", "run", "catalog"):
         assert f"\n  {command} " in without_command
 
 
@@ -170,6 +172,25 @@ def test_a_hopeless_budget_exits_with_3_and_names_the_smallest(capsys) -> None:
     assert captured.err.count("\n") == 1
     assert main([*arguments, str(smallest)]) == 0
     assert main([*arguments, str(smallest * 9 // 10)]) == 3
+
+
+@pytest.mark.slow
+def test_a_saved_plan_is_verified_and_a_broken_budget_exits_with_3(capsys, tmp_path) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["plan", "sdxl", "--gpu", "rtx-4060", "--vram", "4GB", "--json"]
+    assert main([*arguments, "--out", str(file)]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert main(["verify", str(file), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["holds"]
+    assert verified["process_bytes"] <= verified["budget_bytes"]
+    for phase in verified["phases"]:
+        predicted_bytes = phase["predicted_allocated_bytes"]
+        assert phase["allocated_bytes"] == pytest.approx(predicted_bytes, rel=0.02)
+    made["policy"]["budget_bytes"] = {"0": verified["process_bytes"] * 3 // 4}
+    file.write_text(json.dumps(made), encoding="utf-8")
+    assert main(["verify", str(file)]) == 3
+    assert "does NOT hold" in capsys.readouterr().out
 
 
 @pytest.mark.slow
