@@ -259,8 +259,11 @@ class OffloadChain:
 
     def __init__(self, workload: Workload, members: Collection[str] | None = None) -> None:
         names = [c.name for c in workload.components if members is None or c.name in members]
-        self.excluded = tuple(n for n in names if n in workload.offload_excluded)
-        self.members = tuple(n for n in names if n not in workload.offload_excluded)
+        # The sequence comes first: what it names has its hook, excluded or not
+        # (enable_model_cpu_offload in pipelines/pipeline_utils.py, diffusers 0.42.1).
+        excluded = set(workload.offload_excluded) - set(workload.offload_sequence)
+        self.excluded = tuple(n for n in names if n in excluded)
+        self.members = tuple(n for n in names if n not in excluded)
         self.resident: list[str] = []
         in_chain = [n for n in dict.fromkeys(workload.offload_sequence) if n in names]
         self._predecessor = {after: before for before, after in pairwise(in_chain)}

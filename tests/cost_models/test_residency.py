@@ -450,6 +450,13 @@ def test_excluded_components_never_leave() -> None:
     assert "safety_checker" not in residency.onloads
 
 
+def test_an_excluded_component_that_the_sequence_names_takes_its_turn() -> None:
+    chain = OffloadChain(calls("text->prior", "text prior", offload_excluded=("prior",)))
+    assert chain.excluded == ()
+    chain.call("text")
+    assert chain.call("prior") == (("text",), True)
+
+
 def test_absent_members_are_skipped_in_the_chain() -> None:
     chain = OffloadChain(calls("a->b->c", "a b c"), members=("a", "c"))
     chain.call("a")
