@@ -93,8 +93,8 @@ are within {OUTLIER:.0%} of the eager prediction all the same.
 † the record's own weights and the predicted growth, because how they are stored is not modelled.
 
 How much of it is in-sample: most of these records were known when the rules were found. What was
-read off them is which scratch a convolution takes (found again below without each pipeline) and
-what a source ran besides: its version of diffusers, a safety checker, how it quantised. Not read
+read off them is which scratch a convolution takes (found again below without each pipeline, except
+for those of more than 2³¹ elements, which one pipeline alone has) and what a source ran besides: its version of diffusers, a safety checker, how it quantised. Not read
 off them: tensors, allocator, cuBLAS, attention, storage formats, hooks, context. No rule was
 chosen by the records of SSD-1B, Latte and Krea-2; ERNIE-Image-Turbo's settled that an embedding
 in its configuration is tied. How memory is predicted, and which records stay unexplained, is
