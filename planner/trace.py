@@ -222,8 +222,7 @@ def run_call(twin: Any, call: Mapping[str, Any]) -> None:
     Raises:
         TraceError: if it fails; but for memory: ``torch.OutOfMemoryError`` as torch raises it.
     """
-    # Tensors that a user passes (embeddings of another pipeline) are on the GPU.
-    given = {k: v.to(GPU) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    given = {name: _given(value) for name, value in call.items()}
     try:
         twin(**given)
     except (PipefitError, torch.OutOfMemoryError):
@@ -240,6 +239,17 @@ def run_call(twin: Any, call: Mapping[str, Any]) -> None:
             f"{type(twin).__name__} failed while its call was executed without data "
             f"({type(error).__name__}: {error}); check the call's arguments."
         ) from error
+
+
+def _given(value: Any) -> Any:
+    """Return a call argument for use on the virtual machine; the caller's own stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(GPU)  # embeddings of another pipeline are on the GPU
+    if isinstance(value, list):
+        return [_given(v) if hasattr(v, "clone_state") else v for v in value]
+    # Drawing from a generator of the CPU is done for real, and would move it on.
+    is_ours_to_move = not hasattr(value, "clone_state") or value.device.type != "cpu"
+    return value if is_ours_to_move else value.clone_state()
 
 
 def _trace_variant(

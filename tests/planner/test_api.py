@@ -108,6 +108,17 @@ def test_a_device_may_be_torchs_own_object() -> None:
     assert plan.machine.gpus[0].architecture == "cpu"
 
 
+def test_planning_does_not_draw_from_the_callers_generator() -> None:
+    pipe, _ = untouched("flux")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)]
+    states = [generator.get_state() for generator in generators]
+    for given in (generators[0], generators[1:]):
+        call = {**small_call("flux"), "generator": given, "max_sequence_length": 16}
+        api.plan(pipe, "1GB", call=call, machine=api.cpu_machine(), rehearse=False)
+    for generator, state in zip(generators, states, strict=True):
+        assert torch.equal(generator.get_state(), state)
+
+
 @pytest.mark.parametrize("subject", [torch.nn.Linear(2, 2), 7, None])
 def test_what_is_no_pipeline_is_refused(subject: Any) -> None:
     with pytest.raises(pipefit.InvalidRequest) as caught:
