@@ -32,6 +32,7 @@ from pipefit.planner.apply import apply_options
 from pipefit.planner.kernels import kernel_of
 from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
 from pipefit.planner.recorder import intercepting
+from pipefit.planner.rehearsals import REHEARSED_STEPS
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
 from pipefit.planner.trace import describe_component, phase_name, run_call, weightless
@@ -39,11 +40,6 @@ from pipefit.planner.virtual import VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, UNSEEN, Buffer, Launch, Observer
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
-
-REHEARSED_STEPS = 3
-"""Denoising steps of a rehearsed call: streamed group offload records the order of its groups in
-the first forward, looks ahead in the second, and begins the third with what the second left behind
-(hooks/group_offloading.py, diffusers 0.42.1). Peaks of later steps repeat."""
 
 
 class Stage(Observer):
@@ -54,13 +50,17 @@ class Stage(Observer):
 
     allocator: CachingAllocator  # here always there
 
-    def __init__(self, gpu: Gpu, budget_bytes: int | None = None) -> None:
+    def __init__(
+        self, gpu: Gpu, budget_bytes: int | None = None, *, is_strict: bool = True
+    ) -> None:
         self.gpu = gpu
         self.context_bytes = context_bytes(gpu)
         if budget_bytes is None:
             budget_bytes = gpu.total_bytes - gpu.other_bytes
         self.allocator = CachingAllocator(
-            budget_bytes - self.context_bytes, expandable=gpu.expandable_segments, is_strict=True
+            budget_bytes - self.context_bytes,
+            expandable=gpu.expandable_segments,
+            is_strict=is_strict,
         )
         self.machine = VirtualMachine(
             self,
@@ -277,15 +277,21 @@ class Stage(Observer):
 
 @contextlib.contextmanager
 def on_stage(
-    pipe: Any, gpu: Gpu, *, budget_bytes: int | None = None, in_place: bool = False
+    pipe: Any,
+    gpu: Gpu,
+    *,
+    budget_bytes: int | None = None,
+    is_strict: bool = True,
+    in_place: bool = False,
 ) -> Iterator[Stage]:
     """Open a virtual *gpu* with a weightless twin of *pipe*, its weights on the CPU.
 
     *budget_bytes* bounds the process, context included, as
-    :func:`pipefit.planner.guard.hold_to_budget` does; by default what other processes leave. With
+    :func:`pipefit.planner.guard.hold_to_budget` does; by default what other processes leave. If
+    not *is_strict*, cached memory is given back at that bound, but it may be exceeded. With
     *in_place* the pipeline's own modules are converted.
     """
-    stage = Stage(gpu, budget_bytes)
+    stage = Stage(gpu, budget_bytes, is_strict=is_strict)
     with stage.machine, shimmed(), torch.no_grad():
         stage.adopt(weightless(pipe, stage.machine, device=CPU, in_place=in_place))
         yield stage
@@ -298,6 +304,7 @@ def rehearse(
     gpu: Gpu,
     *,
     budget_bytes: int | None = None,
+    is_strict: bool = True,
     in_place: bool = False,
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
@@ -306,13 +313,16 @@ def rehearse(
     *in_place*. No clock runs: memory and bytes, not seconds.
 
     Raises:
-        torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included).
+        torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included); not
+            raised unless *is_strict*, and the peaks say what is missing.
         ApplyFailed: applying does not, or fails otherwise. InvalidRequest, UnsupportedPipeline: as
             :func:`pipefit.planner.apply.apply_options`. TraceError: the call itself fails.
     """
     shortened = shortened_call(pipe, call)
     with (
-        on_stage(pipe, gpu, budget_bytes=budget_bytes, in_place=in_place) as stage,
+        on_stage(
+            pipe, gpu, budget_bytes=budget_bytes, is_strict=is_strict, in_place=in_place
+        ) as stage,
         apply_options(stage.pipe, options, GPU),
     ):
         with stage.counting():

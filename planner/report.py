@@ -65,6 +65,7 @@ def plan_report(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         _headline(plan.pipeline, plan.call, plan.machine),
         *(_verdict(plan, device.device) for device in plan.prediction.peak_vram),
+        *_rehearsal_line(plan),
         _cost_line(plan.prediction, f"quality {plan.quality.value}"),
         "",
         _phase_table(plan.prediction.phases, budgets),
@@ -245,6 +246,23 @@ def _verdict(plan: Plan, device: int) -> Text:
         f"(+ {format_bytes(peak.slack_bytes)} slack), budget {format_bytes(budget_bytes)}, "
         f"{format_bytes(abs(left_bytes))} {'left' if fits else 'over'}",
     )
+
+
+def _rehearsal_line(plan: Plan) -> list[RenderableType]:
+    """Say what the rehearsal held beside what was predicted, or why there was none."""
+    if plan.rehearsal is None:
+        reason = plan.not_rehearsed
+        return [Text(f"not rehearsed: {reason}", style="yellow")] if reason else []
+    peak = plan.rehearsal.peak
+    predicted = next(
+        p for p in plan.prediction.phases if (p.component, p.entry) == (peak.component, peak.entry)
+    )
+    return [
+        Text(
+            f"rehearsed: {format_bytes(peak.process_bytes)} in {peak.name}, "
+            f"predicted {format_bytes(predicted.process_bytes)}"
+        )
+    ]
 
 
 def _cost_line(prediction: Prediction, *more: str) -> Text:
