@@ -149,14 +149,22 @@ RECORDED = "group_offload:offload_type=leaf_level,use_stream=true,record_stream=
 
 
 @pytest.mark.parametrize(
-    ("machine", "with_"), [(api.cpu_machine(), ()), (CARD, ()), (CARD, (RECORDED,))]
+    ("machine", "with_", "rehearse"),
+    [
+        (api.cpu_machine(), (), False),
+        (CARD, (), False),
+        (CARD, (RECORDED,), False),
+        pytest.param(api.cpu_machine(), (), True, marks=pytest.mark.slow),
+        pytest.param(CARD, (), True, marks=pytest.mark.slow),
+        pytest.param(CARD, (RECORDED,), True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_budget_smaller_than_a_layer_names_the_smallest_that_works(
-    machine: pipefit.Machine, with_: tuple[str, ...]
+    machine: pipefit.Machine, with_: tuple[str, ...], rehearse: bool
 ) -> None:
     pipe, _ = untouched("flux")
     asked: dict[str, Any] = {"call": small_call("flux"), "machine": machine, "with_": with_}
-    asked["quality"] = "exact"
+    asked |= {"quality": "exact", "rehearse": rehearse}
     with pytest.raises(pipefit.NoPlanFits) as caught:
         api.plan(pipe, "4KiB", **asked)
     smallest = caught.value.smallest_budget_bytes
