@@ -294,12 +294,20 @@ class Stage(Observer):
             copies.to_host_bytes += copy.num_bytes
             copies.to_host_pinned_bytes += copy.is_pinned * copy.num_bytes
         stream = self.machine.streams[place].number
+        seconds = self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages)
+        is_blocking = copy.is_blocking
+        if not (copy.is_pinned or is_blocking):
+            # "API synchronization behavior" of the CUDA runtime: what is pageable is staged at once
+            # on its way in, without a wait for the stream; on its way out the host waits.
+            if is_in:
+                self.clock.work(seconds)
+                seconds = 0.0
+            is_blocking = not is_in
         span = self.clock.copy(
-            self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages),
+            seconds,
             stream=stream,
             engine=(place, TO_GPU if is_in else TO_HOST),
-            # The driver reads pageable memory while the host waits, whatever it was told.
-            is_blocking=copy.is_blocking or not copy.is_pinned,
+            is_blocking=is_blocking,
         )
         if self.timeline is not None:
             name = "copy to GPU" if is_in else "copy to host"
