@@ -245,12 +245,10 @@ class Stage(Observer):
     def launched(
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> None:
-        if func in CROSSING:
-            source = args[1] if func is CROSSING[0] else args[0]
-            if not source.is_cuda:
-                return
-        made = out[0] if isinstance(out, tuple) else out
-        gpu = self.gpus[made.device.index]
+        place = (out[0] if isinstance(out, tuple) else out).device
+        if func in CROSSING and place != (args[1] if func is CROSSING[0] else args[0]).device:
+            return
+        gpu = self.gpus[place.index]
         by_place = launch.kernel
         if by_place is UNSEEN:
             by_place = launch.kernel = {}
