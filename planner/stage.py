@@ -245,7 +245,10 @@ class Stage(Observer):
     def launched(
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> None:
-        place = (out[0] if isinstance(out, tuple) else out).device
+        made = out if isinstance(out, torch.Tensor) else None
+        if made is None:  # several results, or none: a check of its arguments
+            made = next(t for t in (*(out or ()), *args) if isinstance(t, torch.Tensor))
+        place = made.device
         if func in CROSSING and place != (args[1] if func is CROSSING[0] else args[0]).device:
             return
         gpu = self.gpus[place.index]

@@ -129,6 +129,12 @@ def test_a_recorded_block_is_free_when_its_stream_has_passed(stage: Stage) -> No
     del made, again, products
 
 
+def test_a_check_without_a_result_takes_its_time_where_its_argument_lies(stage: Stage) -> None:
+    before_s = stage.clock.host_s
+    torch.linalg.solve(torch.empty(4, 4, device="cuda"), torch.empty(4, device="cuda"))
+    assert stage.clock.host_s > before_s
+
+
 # -- several GPUs
 
 
