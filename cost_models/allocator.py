@@ -24,7 +24,9 @@ and what this model reserves for it, 6.94.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable
 
 from pipefit.cost_models.units import MIB
@@ -282,7 +284,7 @@ class CachingAllocator:
         self.peak_requested_bytes = 0
         self.peak_reserved_bytes = 0
         self._pools: dict[tuple[int, bool], _Pool] = {}
-        self._deferred: list[Block] = []
+        self._deferred: deque[tuple[float, Block]] = deque()
         self._next_address = 0
 
     def allocate(self, num_bytes: int, stream: int = 0) -> Block:
@@ -316,8 +318,8 @@ class CachingAllocator:
         self._uncount(block)
         block.pool.add(block)
 
-    def free_when_unused(self, block: Block) -> None:
-        """Free *block*, which other streams still use (``record_stream``).
+    def free_when_unused(self, block: Block, unused_at_s: float = math.inf) -> None:
+        """Free *block*, which other streams still use (``record_stream``) until *unused_at_s*.
 
         It counts as allocated no longer, and cannot be had again before
         :meth:`complete_deferred_frees`.
@@ -325,18 +327,21 @@ class CachingAllocator:
         if block.num_bytes == 0:
             return
         self._uncount(block)
-        self._deferred.append(block)
+        self._deferred.append((unused_at_s, block))
 
     @property
     def num_deferred(self) -> int:
         """How many freed blocks still wait for other streams."""
         return len(self._deferred)
 
-    def complete_deferred_frees(self, num_blocks: int | None = None) -> None:
-        """Return the first *num_blocks* that waited for other streams to their pools, or all."""
-        deferred = self._deferred[:num_blocks]
-        self._deferred = self._deferred[len(deferred) :]
-        for block in deferred:
+    def complete_deferred_frees(self, now_s: float = math.inf) -> None:
+        """Return blocks that other streams used until *now_s* to their pools, or all.
+
+        First in, first out: ``process_events`` stops at the first event that is not reached.
+        """
+        deferred = self._deferred
+        while deferred and deferred[0][0] <= now_s:
+            block = deferred.popleft()[1]
             block.pool.add(block)
 
     def empty_cache(self) -> None:

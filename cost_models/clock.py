@@ -1,23 +1,21 @@
-"""Host, GPU and copy engine side by side: how far ahead the host is when it gives weights back.
+"""Host, streams and engines side by side: when each will have done all it was given so far.
 
-Only ``record_stream`` asks. Without it the host waits for the GPU before it drops weights; with it,
-weights are dropped while kernels that read them are still queued, and torch's allocator gives their
-bytes out again only when those kernels are done (``insert_events`` and ``process_events`` in
-``c10/cuda/CUDACachingAllocator.cpp``, torch 2.13). Four things hold the host back: its own pace,
-the copies, each of which must have arrived before the next group is asked for, a full queue of
-launches, and whatever reads a value back.
+Both a replay and a rehearsal run on this clock. The host queues kernels, copies and events in
+streams and goes on; a stream does them in order; kernels share one engine of a GPU, copies another
+one for each direction. What holds the host back: its own pace, a full queue of launches, copies and
+streams that it waits for, and whatever reads a value back.
+
+What is easily got wrong: with ``record_stream`` the host drops weights while kernels that read them
+are still queued, and torch's allocator gives their bytes out again only when those kernels are done
+(``insert_events`` and ``process_events`` in ``c10/cuda/CUDACachingAllocator.cpp``, torch 2.13). So
+memory depends on how far ahead the host is.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-
-from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
-from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.placement import GroupOffload
-from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
-from pipefit.cost_models.workload import SYNCHRONISE, Kernel
+from collections.abc import Hashable
+from typing import NamedTuple
 
 LAUNCH_QUEUE = 1024
 """Launches and events that may wait in a stream; a further one blocks the host until the first has
@@ -32,70 +30,170 @@ GROUP_HOOK_S = 26e-6
 Measured: 200 leaves of diffusers 0.42.1 with a stream that does nothing, on a 2.5 GHz server core.
 """
 
+COMPUTE = "compute"
+TO_GPU = "to_gpu"
+TO_HOST = "to_host"
+"""Engines of a GPU; those of a further GPU have other names."""
+
+
+class Span(NamedTuple):
+    """When something that was queued begins and ends."""
+
+    begin_s: float
+    end_s: float
+
+
+class _Engine:
+    """Does one thing at a time, whatever is ready first: a stream that waits holds up no other.
+
+    Invariant: the busy spans are in order and apart from each other.
+    """
+
+    __slots__ = ("_busy",)
+
+    def __init__(self) -> None:
+        self._busy: list[list[float]] = []
+
+    def book(self, ready_s: float, seconds: float, now_s: float) -> float:
+        """Take the first free *seconds* from *ready_s* on; return when they begin.
+
+        Nothing will be booked before *now_s* any more.
+        """
+        busy = self._busy
+        if not seconds:
+            return ready_s
+        if busy and ready_s >= busy[-1][0]:  # behind or within the last span: the usual case
+            last = busy[-1]
+            if ready_s <= last[1]:
+                begin_s = last[1]
+                last[1] += seconds
+                return begin_s
+        else:
+            while busy and busy[0][1] <= now_s:
+                del busy[0]
+            for place, (begin_s, end_s) in enumerate(busy):
+                if ready_s + seconds <= begin_s:
+                    busy.insert(place, [ready_s, ready_s + seconds])
+                    return ready_s
+                ready_s = max(ready_s, end_s)
+        if len(busy) > 1 and busy[0][1] <= now_s:
+            busy[:] = [span for span in busy if span[1] > now_s]
+        busy.append([ready_s, ready_s + seconds])
+        return ready_s
+
 
 class Clock:
-    """The moments at which the host and the GPU will have done all they were given so far."""
+    """The moments at which the host and every stream will have done all they were given so far.
 
-    def __init__(self, kernels: Sequence[Kernel], gpu: Gpu) -> None:
+    Streams are numbered, 0 is the default stream of the first GPU. An engine does one thing at a
+    time, for whichever stream is ready first.
+
+    >>> clock = Clock()
+    >>> clock.launch(1, host_s=1.0, gpu_s=5.0)
+    Span(begin_s=1.0, end_s=6.0)
+    >>> clock.copy(3.0, stream=1, engine=TO_GPU)
+    Span(begin_s=1.0, end_s=4.0)
+    >>> clock.host_s
+    1.0
+    >>> clock.synchronise(); clock.host_s
+    6.0
+    """
+
+    def __init__(self) -> None:
         self.host_s = 0.0
-        self.gpu_s = 0.0
-        self._copied_s = 0.0
-        self._kernels = kernels
-        self._gpu = gpu
-        self._launch_s = launch_seconds(gpu)
-        self._h2d_bytes_per_s = link_rates(gpu).h2d_pinned_bytes_per_s
-        self._costs: dict[int, tuple[int, float]] = {}
-        self._begun_s = deque([0.0] * LAUNCH_QUEUE)
+        self._stream_s: dict[int, float] = {0: 0.0}
+        self._engines: dict[Hashable, _Engine] = {}
+        self._begun_s: dict[int, deque[float]] = {}
 
-    def launch(self, kernel: int) -> None:
-        """Queue the kernel of that number."""
-        if self._kernels[kernel] == SYNCHRONISE:
-            self.wait_for_gpu()
-            return
-        cost = self._costs.get(kernel)
-        if cost is None:
-            launches = num_launches(self._kernels[kernel], self._gpu)
-            each_s = kernel_seconds(self._kernels[kernel], self._gpu) / launches
-            cost = self._costs[kernel] = launches, each_s
-        launches, each_s = cost
-        for _ in range(launches):
-            self._enqueue(self._launch_s, each_s)
+    def work(self, host_s: float) -> None:
+        """The host is busy for that long by itself."""
+        self.host_s += host_s
 
-    def record_event(self) -> float:
-        """Queue an event, as freeing recorded weights does; return when the GPU comes to it.
+    def launch(
+        self,
+        num_launches: int,
+        *,
+        host_s: float,
+        gpu_s: float,
+        stream: int = 0,
+        engine: Hashable = COMPUTE,
+    ) -> Span:
+        """Queue *num_launches* kernels, each of which takes *host_s* to issue, *gpu_s* to run."""
+        queue, worker = self._queue(stream), self._engine(engine)
+        begin_s = None
+        end_s = self._stream_s.get(stream, 0.0)
+        now_s = self.host_s
+        for _ in range(num_launches):
+            now_s = max(now_s + host_s, queue.popleft())
+            start_s = worker.book(max(now_s, end_s), gpu_s, now_s)
+            queue.append(start_s)
+            end_s = start_s + gpu_s
+            if begin_s is None:
+                begin_s = start_s
+        self.host_s = now_s
+        self._stream_s[stream] = end_s
+        return Span(end_s if begin_s is None else begin_s, end_s)
+
+    def copy(
+        self, seconds: float, *, stream: int, engine: Hashable, is_blocking: bool = False
+    ) -> Span:
+        """Queue a copy that takes *seconds*; the host goes on unless *is_blocking*."""
+        ready_s = max(self.host_s, self._stream_s.get(stream, 0.0))
+        begin_s = self._engine(engine).book(ready_s, seconds, self.host_s)
+        end_s = begin_s + seconds
+        self._stream_s[stream] = end_s
+        if is_blocking:
+            self.host_s = end_s
+        return Span(begin_s, end_s)
+
+    def record_event(self, stream: int = 0) -> float:
+        """Queue an event, as freeing recorded weights does; return when *stream* comes to it.
 
         Events fill the same queue as launches, as reported at
         https://forums.developer.nvidia.com/t/220629; the microsecond of the call is not counted.
         """
-        self._enqueue(0.0, 0.0)
-        return self.gpu_s
+        queue = self._queue(stream)
+        self.host_s = max(self.host_s, queue.popleft())
+        reached_s = max(self.host_s, self._stream_s.get(stream, 0.0))
+        queue.append(reached_s)
+        self._stream_s[stream] = reached_s
+        return reached_s
 
-    def _enqueue(self, host_s: float, gpu_s: float) -> None:
-        self.host_s = max(self.host_s + host_s, self._begun_s.popleft())
-        begin_s = max(self.host_s, self.gpu_s)
-        self._begun_s.append(begin_s)
-        self.gpu_s = begin_s + gpu_s
+    def wait(self, stream: int, until_s: float) -> None:
+        """Let *stream* do nothing further before *until_s*: ``cudaStreamWaitEvent``."""
+        self._stream_s[stream] = max(self._stream_s.get(stream, 0.0), until_s)
 
-    def wait_for_gpu(self) -> None:
-        """A value is read, or the compute stream synchronised."""
-        self.host_s = max(self.host_s, self.gpu_s)
+    def synchronise(self, stream: int | None = None) -> None:
+        """Let the host wait for *stream*, or for all of them."""
+        self.host_s = max(self.host_s, self.done_s(stream))
 
-    def begin_group(self) -> None:
-        """A hook asks for a group: the copies before it must have arrived."""
-        self.host_s = max(self.host_s, self._copied_s) + GROUP_HOOK_S
+    def wait_until(self, moment_s: float) -> None:
+        """Let the host wait for a moment that an event was recorded at."""
+        self.host_s = max(self.host_s, moment_s)
 
-    def copy(self, num_bytes: int, placement: GroupOffload, *, is_blocking: bool) -> None:
-        """Queue the copy of a tensor, page-locked first where *placement* keeps it pageable."""
-        self.host_s += COPY_LATENCY_S + num_bytes / pin_bytes_per_s(placement)
-        self._copied_s = max(self._copied_s, self.host_s) + num_bytes / self._h2d_bytes_per_s
-        if is_blocking:
-            self.host_s = self._copied_s
+    def done_s(self, stream: int | None = None) -> float:
+        """Return when *stream* has done all, or when all streams and the host have."""
+        if stream is not None:
+            return self._stream_s.get(stream, 0.0)
+        return max(self.host_s, *self._stream_s.values())
 
     def since(self, begin_s: float) -> tuple[float, float]:
-        """Return how far the host came since *begin_s*, and how far it is ahead of the GPU."""
-        return self.host_s - begin_s, self.gpu_s - self.host_s
+        """Return how far the host came since *begin_s*, and how far it is ahead of stream 0."""
+        return self.host_s - begin_s, self._stream_s[0] - self.host_s
 
     def skip(self, host_s: float, ahead_s: float) -> None:
         """Advance as a call did of which :meth:`since` said that."""
         self.host_s += host_s
-        self.gpu_s = self.host_s + ahead_s
+        self._stream_s[0] = self.host_s + ahead_s
+
+    def _engine(self, name: Hashable) -> _Engine:
+        engine = self._engines.get(name)
+        if engine is None:
+            engine = self._engines[name] = _Engine()
+        return engine
+
+    def _queue(self, stream: int) -> deque[float]:
+        queue = self._begun_s.get(stream)
+        if queue is None:
+            queue = self._begun_s[stream] = deque([0.0] * LAUNCH_QUEUE)
+        return queue

@@ -11,13 +11,13 @@ group offload never does.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import Block, CachingAllocator
-from pipefit.cost_models.clock import Clock
+from pipefit.cost_models.clock import GROUP_HOOK_S, TO_GPU, Clock
+from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -36,7 +36,8 @@ from pipefit.cost_models.residency import (
     sequential_resident_bytes,
 )
 from pipefit.cost_models.timeline import split_path
-from pipefit.cost_models.workload import Event, Workload
+from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
+from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 
 REPLAYS_TO_SETTLE = 2
@@ -114,8 +115,11 @@ class Replay:
         self._streams = {c.name: i for i, c in enumerate(workload.components, start=1)}
         self._group_blocks: dict[tuple[str, int], list[Block]] = {}
         runs_ahead = any(_records_stream(choice.placement) for choice in choices.values())
-        self._clock = Clock(workload.kernels, gpu) if runs_ahead else None
-        self._unused_at_s: deque[float] = deque()
+        self._clock = Clock() if runs_ahead else None
+        self._gpu = gpu
+        self._launch_s = launch_seconds(gpu)
+        self._h2d_bytes_per_s = link_rates(gpu).h2d_pinned_bytes_per_s if runs_ahead else 0.0
+        self._costs: dict[int, tuple[int, float]] = {}
         self._settled: dict[tuple[int, str, str], _Settled] = {}
         self._num_events: dict[int, int] = {}
 
@@ -226,7 +230,7 @@ class Replay:
                 blocks = self._stream_in(sizes, component, is_blocking=hooks.is_blocking(index))
             else:
                 if self._clock is not None:
-                    self._clock.wait_for_gpu()
+                    self._clock.synchronise(0)
                 blocks = [self._allocate_weight(n, 0) for n in sizes]
             self._group_blocks[component, index] = blocks
             if isinstance(placement, SequentialOffload):
@@ -239,26 +243,20 @@ class Replay:
         placement = self.choices[component].placement
         assert isinstance(placement, GroupOffload)
         blocks = []
-        clock.begin_group()
+        clock.synchronise(stream)  # the copies before must have arrived
+        clock.work(GROUP_HOOK_S)
         for num_bytes in sizes:
-            clock.copy(num_bytes, placement, is_blocking=is_blocking)
-            self._collect_unused(clock.host_s)
+            # Page-locked first where the placement keeps it pageable.
+            clock.work(COPY_LATENCY_S + num_bytes / pin_bytes_per_s(placement))
+            clock.copy(
+                num_bytes / self._h2d_bytes_per_s,
+                stream=stream,
+                engine=TO_GPU,
+                is_blocking=is_blocking,
+            )
+            self.allocator.complete_deferred_frees(clock.host_s)
             blocks.append(self._allocate_weight(num_bytes, stream))
         return blocks
-
-    def _collect_unused(self, now_s: float) -> None:
-        """Return dropped weights to the copy stream's pool once what reads them is done.
-
-        Only the next allocation looks, and first in, first out: ``process_events`` in
-        ``c10/cuda/CUDACachingAllocator.cpp``, torch 2.13.
-        """
-        unused_at_s, num_done = self._unused_at_s, 0
-        while len(unused_at_s) > self.allocator.num_deferred:  # an emptied cache waited for them
-            unused_at_s.popleft()
-        while unused_at_s and unused_at_s[0] <= now_s:
-            unused_at_s.popleft()
-            num_done += 1
-        self.allocator.complete_deferred_frees(num_done)
 
     def _offload_groups(self, hooks: GroupHooks, component: str, path: str) -> None:
         placement = self.choices[component].placement
@@ -271,10 +269,9 @@ class Replay:
                 for block in blocks:
                     if block.num_bytes:
                         self._weight_bytes -= block.num_bytes
-                        self.allocator.free_when_unused(block)
-                        self._unused_at_s.append(self._clock.record_event())
+                        self.allocator.free_when_unused(block, self._clock.record_event())
             else:
-                self._clock.wait_for_gpu()
+                self._clock.synchronise(0)
                 for block in blocks:
                     self._free_weight(block)
 
@@ -411,7 +408,7 @@ class Replay:
 
     def _launch(self, kernel: int) -> None:
         if self._clock is not None:
-            self._clock.launch(kernel)
+            self._tick(self._clock, kernel)
         if self._is_gemm[kernel] and not self._has_cublas:
             self._has_cublas = True
             self._workspace_bytes += self.allocator.allocate(self._cublas_bytes).num_bytes
@@ -425,6 +422,18 @@ class Replay:
         self._workspace_bytes -= held_bytes
         for block in blocks:
             self.allocator.free(block)
+
+    def _tick(self, clock: Clock, kernel: int) -> None:
+        found = self.workload.kernels[kernel]
+        if found == SYNCHRONISE:
+            clock.synchronise(0)
+            return
+        cost = self._costs.get(kernel)
+        if cost is None:
+            launches = num_launches(found, self._gpu)
+            each_s = kernel_seconds(found, self._gpu) / launches
+            cost = self._costs[kernel] = launches, each_s
+        clock.launch(cost[0], host_s=self._launch_s, gpu_s=cost[1])
 
     def _events_of(self, index: int) -> int:
         """Return how many events a call of this routine expands to."""

@@ -165,11 +165,12 @@ class Copies:
     """Of these, out of page-locked memory."""
     to_host_bytes: int = 0
     to_host_pinned_bytes: int = 0
+    to_other_gpus_bytes: int = 0
 
 
 @dataclass(slots=True)
 class RehearsedPhase:
-    """What was counted from a component's first allocation to that of the next one.
+    """What was counted on one GPU from a component's first allocation to that of the next one.
 
     Placing the weights belongs to the first phase, evicting a component to the phase before it.
     """
@@ -177,10 +178,15 @@ class RehearsedPhase:
     name: str
     component: str
     entry: str
+    device: int = 0
     calls: int = 0
     allocated_bytes: int = 0
     """Peak of ``torch.cuda.memory_allocated``."""
     reserved_bytes: int = 0
+    seconds: float = 0.0
+    """Of all its calls, with what the pipeline does up to the next component's call."""
+    last_call_s: float = 0.0
+    """Of the last one, in which everything that hooks learn has been learnt."""
     copies: Copies = field(default_factory=Copies)
 
 
@@ -196,20 +202,27 @@ class Rehearsal:
     pinned_bytes: int
     """Peak of page-locked host memory, each tensor's size rounded up to a power of two."""
     context_bytes: int
-    """CUDA context, predicted, which a budget holds besides what torch reserves."""
+    """CUDA context of the first GPU, predicted; a budget holds it besides what torch reserves."""
     call: Mapping[str, Any]
     """As it was executed, with fewer steps."""
     unknown_reads: Mapping[str, int]
     """Where -> how many values were read that only real weights give; zero was taken."""
 
     @property
+    def seconds(self) -> float:
+        """How long the call took as it was executed, on the virtual clock."""
+        rows = {(phase.component, phase.entry): phase.seconds for phase in self.phases}
+        return sum(rows.values())
+
+    @property
     def reserved_bytes(self) -> int:
-        """Peak of what torch reserved."""
-        return max(phase.reserved_bytes for phase in self.phases)
+        """Peak of what torch reserved on the first GPU."""
+        first = self.phases[0].device
+        return max(p.reserved_bytes for p in self.phases if p.device == first)
 
     @property
     def process_bytes(self) -> int:
-        """Peak of what the driver would show for the process."""
+        """Peak of what the driver would show for the process on the first GPU."""
         return self.reserved_bytes + self.context_bytes
 
 

@@ -36,7 +36,7 @@ from pipefit.planner.signatures import (
     same_attributes,
     weight_key,
 )
-from pipefit.planner.virtual import VirtualMachine
+from pipefit.planner.virtual import VirtualDevice, VirtualMachine
 from pipefit.planner.virtual_tensors import (
     UNSEEN,
     Buffer,
@@ -145,7 +145,7 @@ class Recorder(Observer):
     """Writes the routines of a trace while the pipeline runs."""
 
     def __init__(self, *, compute_capability: tuple[int, int], remember: bool) -> None:
-        self.machine = VirtualMachine(self, compute_capability=compute_capability)
+        self.machine = VirtualMachine(self, devices=[VirtualDevice(compute_capability)])
         self.remember = remember
         self.root = _Frame(None, "", "__call__")
         self.stack: list[_Frame] = []
@@ -225,7 +225,7 @@ class Recorder(Observer):
             where = self.stack[-1].path or "the pipeline"
             self.unknown_reads[where] = self.unknown_reads.get(where, 0) + 1
 
-    def synchronised(self) -> None:
+    def synchronised(self, index: int) -> None:
         if self.stack and not self._muted:
             kernel = self.kernels.setdefault(SYNCHRONISE, len(self.kernels))
             self.stack[-1].events.append(("k", kernel))

@@ -20,7 +20,7 @@ from typing import Any
 from pipefit.cost_models import serial
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import flushing_bytes
-from pipefit.cost_models.units import format_bytes, format_seconds
+from pipefit.cost_models.units import format_seconds
 from pipefit.cost_models.workload import Workload
 from pipefit.errors import PipefitError
 from pipefit.planner.decide import Configuration
@@ -145,13 +145,6 @@ class Rehearser:
             if self.is_asked_for:
                 raise
             return f"it fails: {error}"
-        if not rehearsed.within_budget and _records_streams(options):
-            # Without a clock that is an upper bound, which refutes nothing.
-            most = rehearsed.peak
-            return (
-                "without a clock it only says that recorded streams reserve "
-                f"{format_bytes(most.process_bytes)} in {most.name} at the most"
-            )
         return rehearsed
 
     def _execute(
@@ -198,7 +191,3 @@ def compact(found: Rehearsal, held_bytes: int) -> Rehearsed:
 
 _SAY_NOTHING = ("index", "free_bytes", "other_bytes", "provenance", "sources")
 """Figures of a GPU on which a rehearsal within a budget does not depend."""
-
-
-def _records_streams(options: tuple[Option, ...]) -> bool:
-    return any(option.parameters.get("record_stream") for option in options)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,7 @@ from pipefit.planner.virtual_tensors import (
     KNOWN_VALUE_LIMIT_ELEMENTS,
     META,
     Buffer,
+    Copy,
     Launch,
     Observer,
     VirtualTensor,
@@ -43,8 +44,10 @@ __all__ = [
     "KNOWN_VALUE_LIMIT_ELEMENTS",
     "META",
     "Buffer",
+    "Copy",
     "Launch",
     "Observer",
+    "VirtualDevice",
     "VirtualMachine",
     "VirtualTensor",
     "buffer_of",
@@ -55,6 +58,13 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+
+class VirtualDevice(NamedTuple):
+    """What code may ask of a virtual GPU."""
+
+    compute_capability: tuple[int, int] = (8, 9)
+    total_bytes: int = 1 << 42
 
 
 class VirtualMachine:
@@ -68,22 +78,26 @@ class VirtualMachine:
         self,
         observer: Observer,
         *,
-        compute_capability: tuple[int, int] = (8, 9),
-        total_bytes: int = 1 << 42,
-        num_devices: int = 1,
+        devices: Sequence[VirtualDevice] = (VirtualDevice(),),
     ) -> None:
         self.observer = observer
-        self.compute_capability = compute_capability
-        self.total_bytes = total_bytes
-        self.num_devices = num_devices
+        self.devices = tuple(devices)
         self.in_kernel = False
         """While set, virtual tensors say ``meta``: torch's own kernels are looking at them."""
+        self.current_device = 0
+        """Where ``cuda`` without an index is."""
         self.num_streams = 0
-        self.default_stream = self.stream = Stream(self)
-        """*stream* is the one that allocates and computes now."""
+        self.default_streams = [Stream(self, index) for index in range(len(self.devices))]
+        self.streams = list(self.default_streams)
+        """For each GPU the stream that allocates and computes now."""
         self._mode = _Mode(self)
         self._operators: dict[int, _Operator] = {}
         self._stack: contextlib.ExitStack | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """The current stream of the current GPU."""
+        return self.streams[self.current_device]
 
     def __enter__(self) -> VirtualMachine:
         with contextlib.ExitStack() as stack:
@@ -161,7 +175,7 @@ class VirtualMachine:
             return None
         device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         if device.type == "cuda" and device.index is None:
-            return torch.device("cuda", 0)
+            return torch.device("cuda", self.current_device)
         return device
 
     def move(
@@ -404,7 +418,7 @@ class VirtualMachine:
         func = operator.func
         device, buffers = self._home(operator, given)
         if device is not None and device.type == "cuda":
-            self.observer.synchronised()
+            self.observer.synchronised(device.index)
         if operator.indexes:
             masks = [i for i in args[1] if _is_mask(i)]
             self.observer.value_read(all(known_value(m) is not None for m in masks), func)
@@ -729,19 +743,22 @@ def _to_copy(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
 def _cross(
     machine: VirtualMachine, source: torch.Tensor, target: torch.Tensor, non_blocking: bool
 ) -> None:
-    """Tell of a copy between host and GPU, which ends with a wait for the stream unless it is
-    *non_blocking* (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu, torch 2.13)."""
-    to_gpu = target.is_cuda
-    if source.is_cuda == to_gpu or not source.numel():
+    """Tell of a copy between two places. One with the host ends with a wait for the stream unless
+    it is *non_blocking* (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu, torch 2.13)."""
+    if source.device == target.device or not (
+        source.numel() and (source.is_cuda or target.is_cuda)
+    ):
         return
-    host = source if to_gpu else target
+    hosts = [t for t in (source, target) if not t.is_cuda]
     machine.observer.copied(
-        source.numel() * source.element_size(),
-        to_gpu=to_gpu,
-        is_pinned=isinstance(host, VirtualTensor) and buffer_of(host).is_pinned,
+        Copy(
+            num_bytes=source.numel() * source.element_size(),
+            source=source.device.index if source.is_cuda else None,
+            target=target.device.index if target.is_cuda else None,
+            is_pinned=all(isinstance(t, VirtualTensor) and buffer_of(t).is_pinned for t in hosts),
+            is_blocking=bool(hosts) and not non_blocking,
+        )
     )
-    if not non_blocking:
-        machine.observer.synchronised()
 
 
 def _launch(

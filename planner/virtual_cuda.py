@@ -67,7 +67,8 @@ def _attention(
     torch 2.13.
     """
     first = next(t for t in (query, key, value) if isinstance(t, VirtualTensor))
-    capability = buffer_of(first).machine.compute_capability
+    machine = buffer_of(first).machine
+    capability = machine.devices[first.device.index or 0].compute_capability
     mask = attn_mask
     backend = _chosen_backend(query, key, value, mask, is_causal, enable_gqa, capability)
     if mask is not None and mask.dtype == torch.bool:
@@ -218,34 +219,35 @@ def _rms_norm(
 
 
 class Stream:
-    """A stream with an identity and no clock: operators run in program order.
+    """A stream of a virtual GPU: the allocator has pools for each, and the observer a clock."""
 
-    What it decides is memory: the allocator has pools for each stream, and what a stream was
-    recorded to use (``record_stream``) is free for others when the host has waited for it.
-    """
-
-    def __init__(self, machine: Any) -> None:
+    def __init__(self, machine: Any, device: Any = None) -> None:
         self.machine = machine
         self.number = machine.num_streams
-        """0 for the default stream."""
+        """Below the number of GPUs: the default stream of that one."""
         machine.num_streams += 1
-        self.device = torch.device("cuda", 0)
-        self._before: list[Stream] = []
+        index = machine.current_device if device is None else _index(machine, device)
+        self.device = torch.device("cuda", index)
+        self._before: list[tuple[int, Stream]] = []
 
     def __enter__(self) -> Stream:
-        self._before.append(self.machine.stream)
-        self.machine.stream = self
+        machine, index = self.machine, self.device.index
+        self._before.append((machine.current_device, machine.streams[index]))
+        machine.current_device, machine.streams[index] = index, self
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self.machine.stream = self._before.pop()
+        machine = self.machine
+        machine.current_device, machine.streams[self.device.index] = self._before.pop()
 
     def synchronize(self) -> None:
         self.machine.observer.waited(self)
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None:
+        self.machine.observer.ordered(self, self.machine.observer.marked(stream))
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_event(self, event: Any) -> None:
+        event.wait(self)
 
     def record_event(self, event: Any = None) -> Any:
         event = event or Event(self.machine)
@@ -253,34 +255,66 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        return True
+        return self.machine.observer.has_done(self)
 
 
 class Event:
-    """A point in a stream; with no clock, it stands for all that the stream was given so far."""
+    """A point in a stream, at the moment that the observer's clock says."""
 
     def __init__(self, machine: Any) -> None:
         self.machine = machine
-        self.stream = machine.stream
+        self.moment_s: float | None = None
+        """None: not recorded yet, which nothing waits for."""
 
     def record(self, stream: Stream | None = None) -> None:
-        self.stream = stream or self.machine.stream
+        self.moment_s = self.machine.observer.marked(stream or self.machine.stream)
 
-    def wait(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None:
+        if self.moment_s is not None:
+            self.machine.observer.ordered(stream or self.machine.stream, self.moment_s)
 
     def synchronize(self) -> None:
-        self.machine.observer.waited(self.stream)
+        if self.moment_s is not None:
+            self.machine.observer.reached(self.moment_s)
 
     def query(self) -> bool:
-        return True
+        return self.moment_s is None or self.moment_s <= self.machine.observer.now_s()
+
+    def elapsed_time(self, other: Event) -> float:
+        """Milliseconds between two recorded events."""
+        if self.moment_s is None or other.moment_s is None:
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        return (other.moment_s - self.moment_s) * 1e3
+
+
+def _index(machine: Any, device: Any) -> int:
+    """Return the index of what torch takes for a GPU; None is the current one."""
+    if device is None:
+        return machine.current_device
+    return machine.normalise(device).index
+
+
+@contextlib.contextmanager
+def _current(machine: Any, device: Any) -> Iterator[None]:
+    """``torch.cuda.device``: *device* is the current one; a negative index changes nothing."""
+    before = machine.current_device
+    if not (isinstance(device, int) and device < 0):
+        machine.current_device = _index(machine, device)
+    try:
+        yield
+    finally:
+        machine.current_device = before
 
 
 def _made_by(machine: Any, kind: Any) -> type:
     """Return *kind* as torch's class of that name: whatever it is called with, on *machine*."""
 
     class Made(kind):  # type: ignore[misc]  # annotations of libraries need a class
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(machine)
+        def __init__(self, device: Any = None, *args: Any, **kwargs: Any) -> None:
+            if kind is Stream:
+                super().__init__(machine, device)
+            else:
+                super().__init__(machine)
 
     return Made
 
@@ -289,60 +323,71 @@ def _count(machine: Any, name: str) -> Any:
     """Return what answers for one counter of the allocator; 0 where nothing is counted."""
 
     def answer(device: Any = None) -> int:
-        allocator = machine.observer.allocator
+        allocator = machine.observer.allocator_of(_index(machine, device))
         return 0 if allocator is None else getattr(allocator, name)
 
     return answer
 
 
-def _tell_allocator(machine: Any, name: str) -> Any:
-    def do(device: Any = None) -> None:
-        if machine.observer.allocator is not None:
-            getattr(machine.observer.allocator, name)()
-
-    return do
+def _reset_peak(machine: Any, device: Any = None) -> None:
+    allocator = machine.observer.allocator_of(_index(machine, device))
+    if allocator is not None:
+        allocator.reset_peak()
 
 
 def _free_and_total(machine: Any, device: Any = None) -> tuple[int, int]:
-    allocator, free_bytes = machine.observer.allocator, machine.total_bytes
+    index = _index(machine, device)
+    total_bytes = free_bytes = machine.devices[index].total_bytes
+    allocator = machine.observer.allocator_of(index)
     if allocator is not None:
         held = allocator.capacity_bytes
-        free_bytes = (machine.total_bytes if held is None else held) - allocator.reserved_bytes
-    return free_bytes, machine.total_bytes
+        free_bytes = (total_bytes if held is None else held) - allocator.reserved_bytes
+    return free_bytes, total_bytes
 
 
 def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
     """(owner, name, replacement) for everything that asks for or about a GPU."""
-    major, minor = machine.compute_capability
-    properties = types.SimpleNamespace(
-        name="virtual",
-        major=major,
-        minor=minor,
-        total_memory=machine.total_bytes,
-        multi_processor_count=128,
-        uuid="virtual",
-    )
+
+    def capability(device: Any = None) -> tuple[int, int]:
+        return machine.devices[_index(machine, device)].compute_capability
+
+    def properties(device: Any = None) -> Any:
+        index = _index(machine, device)
+        major, minor = capability(index)
+        return types.SimpleNamespace(
+            name="virtual",
+            major=major,
+            minor=minor,
+            total_memory=machine.devices[index].total_bytes,
+            multi_processor_count=128,
+            uuid=f"virtual-{index}",
+        )
+
+    def set_device(device: Any) -> None:
+        machine.current_device = _index(machine, device)
+
     cuda = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: machine.num_devices,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "device_count": lambda: len(machine.devices),
+        "current_device": lambda: machine.current_device,
+        "set_device": set_device,
+        "device": functools.partial(_current, machine),
         "get_device_name": lambda device=None: "virtual",
-        "get_device_capability": lambda device=None: (major, minor),
-        "get_device_properties": lambda device=None: properties,
-        "is_bf16_supported": lambda including_emulation=True: (major, minor) >= (8, 0),
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "is_bf16_supported": lambda including_emulation=True: capability() >= (8, 0),
         "synchronize": lambda device=None: machine.observer.waited(None),
-        "empty_cache": _tell_allocator(machine, "empty_cache"),
+        "empty_cache": lambda: machine.observer.emptied_cache(),
         "ipc_collect": lambda: None,
         "mem_get_info": functools.partial(_free_and_total, machine),
         "memory_allocated": _count(machine, "allocated_bytes"),
         "memory_reserved": _count(machine, "reserved_bytes"),
         "max_memory_allocated": _count(machine, "peak_allocated_bytes"),
         "max_memory_reserved": _count(machine, "peak_reserved_bytes"),
-        "reset_peak_memory_stats": _tell_allocator(machine, "reset_peak"),
-        "current_stream": lambda device=None: machine.stream,
-        "default_stream": lambda device=None: machine.default_stream,
+        "reset_peak_memory_stats": functools.partial(_reset_peak, machine),
+        "current_stream": lambda device=None: machine.streams[_index(machine, device)],
+        "default_stream": lambda device=None: machine.default_streams[_index(machine, device)],
         "Stream": _made_by(machine, Stream),
         "Event": _made_by(machine, Event),
         "stream": lambda stream: contextlib.nullcontext() if stream is None else stream,

@@ -11,7 +11,7 @@ everywhere, as ``zeros`` makes them. What is unknown reads as zero, and the obse
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,25 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 
 
-class Observer:
-    """Hears of every allocation, free and kernel, and of every time that the host waits for the
-    GPU; the base class ignores them."""
+class Copy(NamedTuple):
+    """Bytes that go from one place to another: the index of a GPU, or None for the host."""
 
-    allocator: CachingAllocator | None = None
-    """What answers ``torch.cuda.memory_allocated`` and its like; None: nothing is counted."""
+    num_bytes: int
+    source: int | None
+    target: int | None
+    is_pinned: bool
+    """The host's side is page-locked, where there is one."""
+    is_blocking: bool
+    """The host waits until it is done."""
+
+
+class Observer:
+    """Hears of every allocation, free, copy and kernel, and of every time that somebody waits; the
+    base class counts nothing, and its clock stands still."""
+
+    def allocator_of(self, index: int) -> CachingAllocator | None:
+        """Return what answers ``torch.cuda.memory_allocated`` and its like for a GPU."""
+        return None
 
     def allocated(self, buffer: Buffer) -> None: ...
 
@@ -43,7 +56,10 @@ class Observer:
 
     def host_freed(self, buffer: Buffer) -> None: ...
 
-    def copied(self, num_bytes: int, *, to_gpu: bool, is_pinned: bool) -> None: ...
+    def copied(self, copy: Copy) -> None:
+        """A copy was asked for; a blocking one has ended with :meth:`synchronised` in effect."""
+        if copy.is_blocking:
+            self.synchronised(copy.target if copy.target is not None else copy.source or 0)
 
     def recorded(self, buffer: Buffer, stream: Any) -> None: ...
 
@@ -53,11 +69,32 @@ class Observer:
 
     def value_read(self, known: bool, func: Any) -> None: ...
 
-    def synchronised(self) -> None:
-        """The host reads what the current stream computes."""
+    def synchronised(self, index: int) -> None:
+        """The host reads what the current stream of a GPU computes."""
 
     def waited(self, stream: Any) -> None:
         """The host waits for *stream*, or for all of them (None), because it was told to."""
+
+    def emptied_cache(self) -> None:
+        """``torch.cuda.empty_cache`` was called."""
+
+    def marked(self, stream: Any) -> float:
+        """An event is recorded in *stream*: return the moment at which it is reached."""
+        return 0.0
+
+    def ordered(self, stream: Any, moment_s: float) -> None:
+        """*stream* must not go on before *moment_s*."""
+
+    def reached(self, moment_s: float) -> None:
+        """The host waits for an event."""
+
+    def has_done(self, stream: Any) -> bool:
+        """Whether *stream* has nothing left to do."""
+        return True
+
+    def now_s(self) -> float:
+        """Return the host's time."""
+        return 0.0
 
     def written(self, buffer: Buffer) -> None: ...
 
@@ -223,7 +260,7 @@ class VirtualTensor(torch.Tensor):
         observer = buffer_of(self).machine.observer
         observer.value_read(known_value(self) is not None, "tolist")
         if self.is_cuda:
-            observer.synchronised()
+            observer.synchronised(self.device.index)
         return values(self).tolist()
 
     def __getitem__(self, index: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ predicted stay on the GPU after the transformer, unexplained.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.published.records import RECORDS
 from diffusers.hooks.group_offloading import GroupOffloadingHook, ModuleGroup
 from tests.end_to_end.small_runs import PLACEMENTS, untouched
 from tests.small_pipelines import SMALL_PIPELINES, small_call
@@ -29,8 +31,10 @@ from pipefit.errors import ApplyFailed
 from pipefit.planner.api import plan, verify
 from pipefit.planner.apply import apply_options
 from pipefit.planner.build import build_pipeline, quietly
+from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import find_gpu, reference_machine
 from pipefit.planner.plan import Rehearsal
+from pipefit.planner.policy import parse_strategy_spec
 from pipefit.planner.rehearse import REHEARSED_STEPS, on_stage, rehearse, shortened_call
 from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
@@ -113,7 +117,6 @@ def test_page_locked_copies_are_counted_where_weights_are_streamed() -> None:
 
 
 def test_what_another_stream_still_uses_is_reserved_longer() -> None:
-    # Without a clock the host is never seen to run late, so this is the most that it can be.
     streamed, _ = peaks("stable_diffusion_xl", "leaves, streamed")
     recorded, off = peaks("stable_diffusion_xl", "leaves, streamed and recorded")
     assert off < SAME
@@ -284,6 +287,22 @@ def group(**parameters: Any) -> Callable[[Any], None]:
     return lambda transformer: transformer.enable_group_offload(onload_device=GPU, **parameters)
 
 
+def flux_arguments() -> dict[str, torch.Tensor]:
+    """What FLUX.1-dev's pipeline calls its transformer with for a picture of 1024 pixels."""
+    shapes = {
+        "hidden_states": (1, 4096, 64),
+        "encoder_hidden_states": (1, 512, 4096),
+        "pooled_projections": (1, 768),
+        "timestep": (1,),
+        "guidance": (1,),
+        "img_ids": (4096, 3),
+        "txt_ids": (512, 3),
+    }
+    return {
+        name: torch.empty(shape, dtype=torch.bfloat16, device=GPU) for name, shape in shapes.items()
+    }
+
+
 BLOCK = {"offload_type": "block_level", "num_blocks_per_group": 1}
 LEAF = {"offload_type": "leaf_level"}
 
@@ -317,19 +336,80 @@ def test_flux_1_dev_under_every_hook(place: Callable[[Any], None], expected_gib:
         transformer = stage.pipe.transformer
         place(transformer)
 
-        def given(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16, device=GPU)
-
         with stage.counting():
             for _ in range(REHEARSED_STEPS):
-                transformer(
-                    hidden_states=given(1, 4096, 64),
-                    encoder_hidden_states=given(1, 512, 4096),
-                    pooled_projections=given(1, 768),
-                    timestep=given(1),
-                    guidance=given(1),
-                    img_ids=given(4096, 3),
-                    txt_ids=given(512, 3),
-                )
+                transformer(**flux_arguments())
         (phase,) = stage.rehearsal({}).phases
     assert phase.allocated_bytes / GIB == pytest.approx(expected_gib, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("room_gib", "expected_gib"),
+    [({0: 14, 1: 14}, {0: 14.15, 1: 8.93}), ({0: 10, "cpu": 64}, {0: 9.41})],
+)
+def test_flux_1_dev_dispatched_over_gpus_and_the_host(
+    room_gib: dict[int | str, int], expected_gib: dict[int, float]
+) -> None:
+    """The same prototype's figures for accelerate's ``dispatch_model``."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    with quietly():
+        pipe, _ = build_pipeline("flux.1-dev")
+    cards = [replace(NO_LIBRARIES, index=index) for index in (0, 1)]
+    with on_stage(pipe, cards, in_place=True) as stage:
+        transformer = stage.pipe.transformer
+        found = infer_auto_device_map(
+            transformer,
+            max_memory={place: gib * GIB for place, gib in room_gib.items()},
+            no_split_module_classes=transformer._no_split_modules,
+        )
+        places = {path: p if p == "cpu" else f"cuda:{p}" for path, p in found.items()}
+        dispatch_model(transformer, places, main_device="cuda:0", force_hooks=True)
+        with stage.counting():
+            for _ in range(REHEARSED_STEPS):
+                transformer(**flux_arguments())
+        phases = {phase.device: phase for phase in stage.rehearsal({}).phases}
+    for device, gib in expected_gib.items():
+        assert phases[device].allocated_bytes / GIB == pytest.approx(gib, rel=0.002)
+    crossed = phases[0].copies.to_other_gpus_bytes
+    assert (crossed > 0) is (len(expected_gib) == 2)
+
+
+# -- published figures
+
+PUBLISHED = {
+    "recipes-zimageturbo-5090-leaf_group_offload": "offload_type=leaf_level",
+    "recipes-zimageturbo-5090-block_group_offload_one_block_stream_record": (
+        "offload_type=block_level,num_blocks_per_group=1,use_stream=true,record_stream=true"
+    ),
+    "recipes-zimageturbo-5090-leaf_stream_group_offload_record": (
+        "offload_type=leaf_level,use_stream=true,record_stream=true"
+    ),
+}
+"""Records of Z-Image-Turbo on an RTX 5090 in the order of their process peaks, as strategies."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not RECORDS.exists(), reason="the published records are not beside the checkout"
+)
+def test_streams_cost_z_image_turbo_what_was_published() -> None:
+    published = {r["id"]: r["peak_memory_gib"] for r in json.loads(RECORDS.read_text())}
+    found = {}
+    for record, parameters in PUBLISHED.items():
+        with quietly():
+            pipe, info = build_pipeline("z-image-turbo")
+            asked = parse_strategy_spec(f"group_offload:{parameters}", strategies=["group_offload"])
+            options = [replace(o, component=c) for o in asked for c in module_components(pipe)]
+            call = {"height": 1024, "width": 1024, "guidance_scale": 0.0}
+            rehearsal = rehearse(
+                pipe,
+                options,
+                default_inputs(pipe, info.entry, call),
+                find_gpu("rtx-5090"),
+                in_place=True,
+            )
+        found[record] = rehearsal.process_bytes / GIB
+        assert found[record] == pytest.approx(published[record], rel=0.1)
+    assert list(found.values()) == sorted(found.values())

@@ -13,7 +13,7 @@ from pipefit.cost_models.units import GIB
 from pipefit.cost_models.workload import Kernel
 from pipefit.cost_models.workspace import workspace_bytes
 from pipefit.planner.kernels import kernel_of
-from pipefit.planner.virtual import Buffer, Launch, Observer, VirtualMachine
+from pipefit.planner.virtual import Buffer, Launch, Observer, VirtualDevice, VirtualMachine
 
 F = torch.nn.functional
 GPU = torch.device("cuda", 0)
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, capability: tuple[int, int] = ADA) -> None:
         self.recorder = Recorder(capability)
-        self.machine = VirtualMachine(self.recorder, compute_capability=capability)
+        self.machine = VirtualMachine(self.recorder, devices=[VirtualDevice(capability)])
 
     def __enter__(self) -> Run:
         self.machine.__enter__()

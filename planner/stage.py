@@ -1,0 +1,501 @@
+"""Virtual GPUs with the memory and the pace of real ones, on which a rehearsal runs.
+
+A stage hears of everything that real code does on a virtual machine. Allocations, frees, streams,
+library workspaces and ``empty_cache`` drive the allocator model while they happen; kernels take on
+the clock what the latency model says, copies what the link gives, and the host what it needs to
+issue them. What a reader would get wrong: time decides about memory too, because a block that
+another stream was recorded to use stays reserved until that stream has passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pipefit.cost_models.allocator import Block, CachingAllocator, OutOfCapacity
+from pipefit.cost_models.clock import COMPUTE, GROUP_HOOK_S, TO_GPU, TO_HOST, Clock, Span
+from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
+from pipefit.cost_models.machine import Gpu, Link
+from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement
+from pipefit.cost_models.transfers import (
+    COPY_LATENCY_S,
+    FRESH_HOST_BYTES_PER_S,
+    GROUP_SYNC_S,
+    SEQUENTIAL_TENSOR_S,
+    link_rates,
+    pin_bytes_per_s,
+)
+from pipefit.cost_models.units import GIB, MIB
+from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
+from pipefit.planner.kernels import kernel_of
+from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
+from pipefit.planner.recorder import intercepting
+from pipefit.planner.timeline import HOST, Timeline
+from pipefit.planner.trace import describe_component, phase_name
+from pipefit.planner.virtual import VirtualDevice, VirtualMachine
+from pipefit.planner.virtual_tensors import CPU, UNSEEN, Buffer, Copy, Launch, Observer
+from pipefit.strategies.live import module_components
+
+CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+"""Operators that launch no kernel where they take their input from another place."""
+
+
+class _Needs(NamedTuple):
+    """What a launch asks of a GPU."""
+
+    scratch_bytes: tuple[int, ...]
+    is_gemm: bool
+    num_launches: int
+    each_s: float
+    name: str
+
+
+class StageGpu:
+    """One GPU of a stage: its allocator, what libraries took of it, and its rates."""
+
+    def __init__(
+        self, place: int, gpu: Gpu, budget_bytes: int | None, *, is_strict: bool = True
+    ) -> None:
+        self.place = place
+        """Its number on the virtual machine; ``gpu.index`` is that of the machine planned for."""
+        self.gpu = gpu
+        self.context_bytes = context_bytes(gpu)
+        if budget_bytes is None:
+            budget_bytes = gpu.total_bytes - gpu.other_bytes
+        self.allocator = CachingAllocator(
+            budget_bytes - self.context_bytes,
+            expandable=gpu.expandable_segments,
+            is_strict=is_strict,
+        )
+        self.link = link_rates(gpu)
+        self.launch_s = launch_seconds(gpu)
+        self.cublas_streams: set[int] = set()
+
+    def needs(self, func: Any, args: Any, kwargs: Any, out: Any) -> _Needs | None:
+        """Return what an operator asks of this GPU; None where it launches nothing."""
+        kernel = kernel_of(func, args, kwargs, out)
+        if kernel is None:
+            return None
+        launches = num_launches(kernel, self.gpu)
+        return _Needs(
+            scratch_bytes=scratch_bytes(kernel, self.gpu),
+            is_gemm=kernel.kind == "gemm",
+            num_launches=launches,
+            each_s=kernel_seconds(kernel, self.gpu) / launches,
+            name=kernel.name,
+        )
+
+    def copy_s(self, copy: Copy, *, finds_new_pages: bool) -> float:
+        """Return how long the link takes for a copy from or to the host."""
+        link, num_bytes = self.link, copy.num_bytes
+        if copy.target is not None:
+            rate = link.h2d_pinned_bytes_per_s if copy.is_pinned else link.h2d_pageable_bytes_per_s
+            return num_bytes / rate
+        if copy.is_pinned:
+            return num_bytes / link.h2d_pinned_bytes_per_s  # a link is as fast both ways
+        seconds = num_bytes / link.d2h_pageable_bytes_per_s
+        if finds_new_pages and math.isfinite(link.d2h_pageable_bytes_per_s):
+            seconds += num_bytes / FRESH_HOST_BYTES_PER_S
+        return seconds
+
+    def no_room(self, num_bytes: int) -> str:
+        """As ``DeviceCachingAllocator::malloc``, c10/cuda/CUDACachingAllocator.cpp, torch 2.13."""
+        allocator, card = self.allocator, self.gpu
+        used_bytes = allocator.reserved_bytes + self.context_bytes
+        free_bytes = max(0, card.total_bytes - card.other_bytes - used_bytes)
+        return (
+            f"CUDA out of memory. Tried to allocate {_size(num_bytes)}. GPU {self.place} has a "
+            f"total capacity of {_size(card.total_bytes)} of which {_size(free_bytes)} is free. "
+            f"Including non-PyTorch memory, this process has {_size(used_bytes)} memory in use. "
+            f"{_size(max(0, allocator.capacity_bytes or 0))} allowed; Of the allocated memory "
+            f"{_size(allocator.allocated_bytes)} is allocated by PyTorch, and "
+            f"{_size(allocator.reserved_bytes - allocator.allocated_bytes)} is reserved by PyTorch "
+            "but unallocated."
+        )
+
+
+class Stage(Observer):
+    """Virtual GPUs and a weightless pipeline on their host.
+
+    Made by :func:`pipefit.planner.rehearse.on_stage`. Budgets and rows of phases go by the index of
+    the GPU that is planned for; buffers, streams and copies by its place on the virtual machine.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[Gpu],
+        budget_bytes: Mapping[int, int],
+        *,
+        links: Sequence[Link] = (),
+        timeline: Timeline | None = None,
+        is_strict: bool = True,
+    ) -> None:
+        self.gpus = [
+            StageGpu(place, gpu, budget_bytes.get(gpu.index), is_strict=is_strict)
+            for place, gpu in enumerate(gpus)
+        ]
+        self.links = {frozenset((link.first, link.second)): link for link in links}
+        self.machine = VirtualMachine(
+            self,
+            devices=[
+                VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus
+            ],
+        )
+        self.clock = Clock()
+        self.timeline = timeline
+        self.pipe: Any = None
+        self.placements: Mapping[str, Placement] = {}
+        """By component, where known: how weights are page-locked, and what they come back to."""
+        self.placing = Copies()
+        self.host_bytes = self.peak_host_bytes = 0
+        self.pinned_bytes = self.peak_pinned_bytes = 0
+        self.unknown_reads: dict[str, int] = {}
+        self._has_link = math.isfinite(self.gpus[0].link.h2d_pinned_bytes_per_s)
+        self._phases: dict[tuple[str, str], list[RehearsedPhase]] = {}
+        self._before = self._phase = self._rows("", "", "")
+        self._next: list[RehearsedPhase] | None = None
+        self._timed: list[RehearsedPhase] | None = None
+        self._marked_s = 0.0
+        self._component_of: dict[int, str] = {}
+        self._depth = 0
+        self._recorded: dict[Block, set[int]] = {}
+
+    @property
+    def allocator(self) -> CachingAllocator:
+        """That of the first GPU."""
+        return self.gpus[0].allocator
+
+    @property
+    def context_bytes(self) -> int:
+        """That of the first GPU."""
+        return self.gpus[0].context_bytes
+
+    # -- memory of the GPUs
+
+    def allocator_of(self, index: int) -> CachingAllocator:
+        return self.gpus[index].allocator
+
+    def allocated(self, buffer: Buffer) -> None:
+        place = _place(buffer)
+        buffer.owner = self._take(place, buffer.num_bytes)
+        buffer.number = self.machine.streams[place].number
+
+    def freed(self, buffer: Buffer) -> None:
+        block = buffer.owner
+        if block is None:  # there was no room for it
+            return
+        place = _place(buffer)
+        allocator = self.gpus[place].allocator
+        streams = self._recorded.pop(block, None)
+        if not streams:
+            allocator.free(block)
+        elif block.num_bytes:
+            # insert_events in c10/cuda/CUDACachingAllocator.cpp: one in each stream that uses it
+            allocator.free_when_unused(block, max(self.clock.record_event(s) for s in streams))
+        self._note_memory(place)
+
+    def recorded(self, buffer: Buffer, stream: Any) -> None:
+        if buffer.owner is not None and stream.number != buffer.number:
+            self._recorded.setdefault(buffer.owner, set()).add(stream.number)
+
+    def emptied_cache(self) -> None:
+        for gpu in self.gpus:
+            held_bytes, num_deferred = gpu.allocator.reserved_bytes, gpu.allocator.num_deferred
+            gpu.allocator.empty_cache()
+            if num_deferred or gpu.allocator.reserved_bytes < held_bytes:
+                self.clock.synchronise()  # cudaFree waits for the GPU, as do recorded blocks
+                self._note_memory(gpu.place)
+        if self._has_link:
+            self.clock.work(SEQUENTIAL_TENSOR_S)
+
+    def _take(self, place: int, num_bytes: int) -> Block:
+        """Allocate on the current stream of a GPU and note the peaks.
+
+        Raises:
+            torch.OutOfMemoryError: in torch's words, if it does not fit.
+        """
+        if self._next is not None:
+            self._turn()
+        allocator, row = self.gpus[place].allocator, self._phase[place]
+        if allocator.num_deferred:
+            allocator.complete_deferred_frees(self.clock.host_s)
+        num_deferred = allocator.num_deferred
+        try:
+            block = allocator.allocate(num_bytes, self.machine.streams[place].number)
+        except OutOfCapacity as full:
+            raise torch.OutOfMemoryError(self.gpus[place].no_room(full.num_bytes)) from None
+        if allocator.num_deferred < num_deferred:  # it waited for them, to give memory back
+            self.clock.synchronise()
+        if allocator.allocated_bytes > row.allocated_bytes:
+            row.allocated_bytes = allocator.allocated_bytes
+        if allocator.reserved_bytes > row.reserved_bytes:
+            row.reserved_bytes = allocator.reserved_bytes
+        self._note_memory(place)
+        return block
+
+    def _note_memory(self, place: int) -> None:
+        if self.timeline is not None:
+            held = self.gpus[place].allocator
+            self.timeline.memory(
+                place, self.clock.host_s, held.allocated_bytes, held.reserved_bytes
+            )
+
+    # -- kernels and copies
+
+    def launched(
+        self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        made = out if isinstance(out, torch.Tensor) else None
+        if made is None:  # several results, or none: a check of its arguments
+            made = next(t for t in (*(out or ()), *args) if isinstance(t, torch.Tensor))
+        place = made.device
+        if func in CROSSING and place != (args[1] if func is CROSSING[0] else args[0]).device:
+            return
+        gpu = self.gpus[place.index]
+        by_place = launch.kernel
+        if by_place is UNSEEN:
+            by_place = launch.kernel = {}
+        if gpu.place not in by_place:
+            by_place[gpu.place] = gpu.needs(func, args, kwargs, out)
+        needs = by_place[gpu.place]
+        if needs is not None:
+            self._launch(gpu, needs)
+
+    def _launch(self, gpu: StageGpu, needs: _Needs) -> None:
+        stream = self.machine.streams[gpu.place].number
+        if needs.is_gemm and stream not in gpu.cublas_streams:
+            gpu.cublas_streams.add(stream)
+            self._take(gpu.place, cublas_bytes(gpu.gpu, torch.__version__))
+        if needs.scratch_bytes:
+            for block in [self._take(gpu.place, n) for n in needs.scratch_bytes]:
+                gpu.allocator.free(block)
+        span = self.clock.launch(
+            needs.num_launches,
+            host_s=gpu.launch_s,
+            gpu_s=needs.each_s,
+            stream=stream,
+            engine=(gpu.place, COMPUTE),
+        )
+        if self.timeline is not None:
+            self.timeline.span(gpu.place, stream, needs.name, span)
+
+    def copied(self, copy: Copy) -> None:
+        if self._has_link:
+            self.clock.work(COPY_LATENCY_S)
+        if copy.source is not None and copy.target is not None:
+            self._copy_between(copy.source, copy.target, copy.num_bytes)
+            return
+        is_in = copy.target is not None
+        place = copy.target if copy.target is not None else copy.source or 0
+        copies = self._copies(place)
+        if is_in:
+            copies.to_gpu_bytes += copy.num_bytes
+            copies.to_gpu_pinned_bytes += copy.is_pinned * copy.num_bytes
+        else:
+            copies.to_host_bytes += copy.num_bytes
+            copies.to_host_pinned_bytes += copy.is_pinned * copy.num_bytes
+        stream = self.machine.streams[place].number
+        seconds = self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages)
+        is_blocking = copy.is_blocking
+        if not (copy.is_pinned or is_blocking):
+            # "API synchronization behavior" of the CUDA runtime: what is pageable is staged at once
+            # on its way in, without a wait for the stream; on its way out the host waits.
+            if is_in:
+                self.clock.work(seconds)
+                seconds = 0.0
+            is_blocking = not is_in
+        span = self.clock.copy(
+            seconds,
+            stream=stream,
+            engine=(place, TO_GPU if is_in else TO_HOST),
+            is_blocking=is_blocking,
+        )
+        if self.timeline is not None:
+            name = "copy to GPU" if is_in else "copy to host"
+            self.timeline.span(place, stream, name, span, copy.num_bytes)
+
+    def _copy_between(self, source: int, target: int, num_bytes: int) -> None:
+        """A copy between GPUs runs in a stream of the source, with which one of the target keeps
+        step before and after (``copy_device_to_device`` in aten/src/ATen/native/cuda/Copy.cu)."""
+        one, other = self.gpus[source], self.gpus[target]
+        link = self.links.get(frozenset((one.gpu.index, other.gpu.index)))
+        if link is not None:
+            seconds = num_bytes / link.bytes_per_s
+        else:  # through the host, one half after the other
+            rates = (one.link.h2d_pinned_bytes_per_s, other.link.h2d_pinned_bytes_per_s)
+            seconds = sum(num_bytes / rate for rate in rates)
+        here, there = (self.machine.streams[place].number for place in (source, target))
+        self.clock.wait(here, self.clock.done_s(there))
+        span = self.clock.copy(seconds, stream=here, engine=(source, TO_HOST))
+        self.clock.wait(there, span.end_s)
+        self._copies(source).to_other_gpus_bytes += num_bytes
+        if self.timeline is not None:
+            self.timeline.span(source, here, f"copy to GPU {target}", span, num_bytes)
+
+    def _copies(self, place: int) -> Copies:
+        return self.placing if self._phase is self._before else self._phase[place].copies
+
+    @property
+    def _finds_new_pages(self) -> bool:
+        return any(isinstance(p, ModelOffload) for p in self.placements.values())
+
+    # -- waiting
+
+    def synchronised(self, index: int) -> None:
+        self.clock.synchronise(self.machine.streams[index].number)
+
+    def waited(self, stream: Any) -> None:
+        if stream is None:
+            self.clock.synchronise()
+            return
+        self.clock.synchronise(stream.number)
+        if self._has_link:
+            is_default = stream.number < len(self.gpus)
+            self.clock.work(GROUP_SYNC_S if is_default else GROUP_HOOK_S)
+
+    def marked(self, stream: Any) -> float:
+        return self.clock.record_event(stream.number)
+
+    def ordered(self, stream: Any, moment_s: float) -> None:
+        self.clock.wait(stream.number, moment_s)
+
+    def reached(self, moment_s: float) -> None:
+        self.clock.wait_until(moment_s)
+
+    def has_done(self, stream: Any) -> bool:
+        return self.clock.done_s(stream.number) <= self.clock.host_s
+
+    def now_s(self) -> float:
+        return self.clock.host_s
+
+    # -- memory of the host
+
+    def host_allocated(self, buffer: Buffer) -> None:
+        self._count_host(buffer, 1)
+        self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+        self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
+        if buffer.is_pinned and self._has_link:
+            placement = self.placements.get(self._phase[0].component)
+            if isinstance(placement, GroupOffload):
+                self.clock.work(buffer.num_bytes / pin_bytes_per_s(placement))
+
+    def host_freed(self, buffer: Buffer) -> None:
+        self._count_host(buffer, -1)
+
+    def _count_host(self, buffer: Buffer, sign: int) -> None:
+        if buffer.is_pinned:
+            # CachingHostAllocator rounds up (aten/src/ATen/core/CachingHostAllocator.h, torch 2.13)
+            self.pinned_bytes += sign * (1 << max(0, buffer.num_bytes - 1).bit_length())
+        elif buffer.device == CPU:
+            self.host_bytes += sign * buffer.num_bytes
+
+    def value_read(self, known: bool, func: Any) -> None:
+        if not known:
+            where = self._phase[0].component or "the pipeline"
+            self.unknown_reads[where] = self.unknown_reads.get(where, 0) + 1
+
+    # -- phases
+
+    def _rows(self, name: str, component: str, entry: str) -> list[RehearsedPhase]:
+        return [RehearsedPhase(name, component, entry, gpu.gpu.index) for gpu in self.gpus]
+
+    def _turn(self) -> None:
+        """Begin the next phase: with its first allocation, so that what is evicted for it still
+        belongs to the phase before, as in the replay."""
+        assert self._next is not None
+        before, self._phase, self._next = self._phase, self._next, None
+        for gpu, old, row in zip(self.gpus, before, self._phase, strict=True):
+            if before is self._before:  # placing the weights belongs to the first phase
+                row.allocated_bytes, row.reserved_bytes = old.allocated_bytes, old.reserved_bytes
+            row.allocated_bytes = max(row.allocated_bytes, gpu.allocator.allocated_bytes)
+            row.reserved_bytes = max(row.reserved_bytes, gpu.allocator.reserved_bytes)
+
+    def _call(
+        self, module: Any, entry: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        component = self._component_of.get(id(module))
+        if component is None or self._depth:
+            return function(*args, **kwargs)
+        self._enter(component, entry)
+        begin_s = self.clock.host_s
+        self._depth += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            if self.timeline is not None:
+                span = Span(begin_s, self.clock.host_s)
+                self.timeline.span(HOST, 0, f"{component}.{entry}", span)
+
+    def _enter(self, component: str, entry: str) -> None:
+        rows = self._phases.get((component, entry))
+        if rows is None:
+            module = getattr(self.pipe, component)
+            name = phase_name(describe_component(component, module, {}), module, entry)
+            rows = self._phases[component, entry] = self._rows(name, component, entry)
+        for row in rows:
+            row.calls += 1
+        self._next = None if rows is self._phase else rows
+        if self._timed is not None:  # what comes before the first call is charged to it
+            self._stop_watch()
+        self._timed = rows
+
+    def _stop_watch(self) -> None:
+        """Charge the time since the last call began to its phase, all that is queued included."""
+        now_s = self.clock.done_s()
+        for row in self._timed or ():
+            row.last_call_s = now_s - self._marked_s
+            row.seconds += row.last_call_s
+        self._marked_s = now_s
+
+    # -- the call
+
+    def adopt(self, pipe: Any) -> None:
+        """Make *pipe*, which is virtual, the one that is called."""
+        self.pipe = pipe
+        for name, module in module_components(pipe).items():
+            for part in module.modules():
+                self._component_of.setdefault(id(part), name)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Cut what is called meanwhile into phases."""
+        gc.collect()  # hooks and modules refer to each other
+        self.clock.synchronise()
+        self._marked_s = self.clock.host_s
+        with intercepting(module_components(self.pipe).values(), self._call):
+            yield
+        self._stop_watch()
+        self._timed = None
+
+    def rehearsal(self, call: Mapping[str, Any]) -> Rehearsal:
+        """Return what was counted so far."""
+        return Rehearsal(
+            phases=tuple(row for rows in self._phases.values() for row in rows),
+            placing=self.placing,
+            host_bytes=self.peak_host_bytes,
+            pinned_bytes=self.peak_pinned_bytes,
+            context_bytes=self.context_bytes,
+            call=dict(call),
+            unknown_reads=dict(self.unknown_reads),
+        )
+
+
+def _place(buffer: Buffer) -> int:
+    assert buffer.device is not None
+    return buffer.device.index
+
+
+def _size(num_bytes: int) -> str:
+    """As ``format_size`` in c10/cuda/CUDACachingAllocator.cpp."""
+    if num_bytes <= 1024:
+        return f"{num_bytes} bytes"
+    if num_bytes <= MIB:
+        return f"{num_bytes / 1024:.2f} KiB"
+    return f"{num_bytes / MIB:.2f} MiB" if num_bytes <= GIB else f"{num_bytes / GIB:.2f} GiB"
