@@ -113,6 +113,7 @@ def test_what_breaks_the_budget_in_its_rehearsal_is_not_chosen(
     assert "GiB more in decode" in " ".join(str(checked).split())
 
 
+@pytest.mark.slow
 def test_where_every_rehearsal_breaks_the_budget_the_smallest_named_is_larger(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
