@@ -228,15 +228,18 @@ def verify(
     *,
     call: Mapping[str, Any] | None = None,
     dtype: Mapping[str, str] | str | None = None,
+    timeline: str | Path | None = None,
 ) -> Verification:
     """Execute the planned call with the real hooks on a virtual GPU, and say if the budget holds.
 
     Nothing is loaded or moved. *pipe_or_name* is what the plan was made for (a live pipeline or a
     folder; None: the catalogue pipeline that it names), *call* and *dtype* are as then; the call is
-    the plan's own unless given, and is cut to three denoising steps. Memory only: no clock runs.
+    the plan's own unless given, and is cut to three denoising steps. *timeline* names a file for
+    what happened when, on a virtual clock (see :mod:`pipefit.planner.timeline`).
 
     Raises:
         PlanMismatch: if it is another pipeline.
+        InvalidRequest: also where the file cannot be written.
         UnknownName, InvalidRequest, UnsupportedPipeline, TraceError, ApplyFailed: as :func:`plan`
             and :func:`apply`.
     """
@@ -245,6 +248,7 @@ def verify(
     from pipefit.planner.build import quietly
     from pipefit.planner.call import default_inputs
     from pipefit.planner.rehearse import rehearse
+    from pipefit.planner.timeline import Timeline
 
     source = source_of(plan.pipeline if pipe_or_name is None else pipe_or_name, dtype)
     gpu = plan.gpu
@@ -255,14 +259,19 @@ def verify(
             pipe, entry = source.get()
             _check_fingerprint(pipe, plan)
             arguments = default_inputs(pipe, entry, plan.call if call is None else call)
-            return rehearse(
+            kept = None if timeline is None else Timeline()
+            found = rehearse(
                 pipe,
                 plan.options,
                 arguments,
                 gpu,
                 budget_bytes=budget_bytes,
+                timeline=kept,
                 in_place=source.is_ours,
             )
+        if kept is not None:
+            kept.write(Path(str(timeline)))
+        return found
 
     try:
         return Verification(plan, rehearsed(gpu, budget_bytes))

@@ -175,6 +175,10 @@ def verify(
         str | None, typer.Argument(help="Folder that it was made for; names are in the plan.")
     ] = None,
     dtype: Dtype = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option("--timeline", help="Write what happened when, for https://ui.perfetto.dev."),
+    ] = None,
     as_json: AsJson = False,
     out: Out = None,
     debug: Debug = False,
@@ -194,7 +198,7 @@ def verify(
     from pipefit.planner.report import verification_report
 
     with _quiet_output():
-        found = api.verify(made, pipeline, dtype=dtypes)
+        found = api.verify(made, pipeline, dtype=dtypes, timeline=timeline)
     _answer(found.to_json(), verification_report(found), as_json=as_json, out=out)
     if not found.holds:
         raise typer.Exit(NoPlanFits.exit_code)

@@ -250,9 +250,10 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """Return it as ``pipefit.verification/1``."""
         rehearsal = serial.to_json(self.rehearsal)
-        for shown, (predicted, _) in zip(rehearsal["phases"], self.phases, strict=True):
-            for key in ("allocated_bytes", "reserved_bytes"):
+        for shown, (predicted, phase) in zip(rehearsal["phases"], self.phases, strict=True):
+            for key in ("allocated_bytes", "reserved_bytes", "seconds"):
                 shown[f"predicted_{key}"] = predicted and getattr(predicted, key)
+            shown["call_s"] = call_seconds(predicted, phase)
         return {
             "schema": VERIFICATION_SCHEMA,
             "pipeline": self.plan.pipeline,
@@ -268,6 +269,12 @@ class Verification:
         from pipefit.planner.report import to_text, verification_report
 
         return to_text(verification_report(self))
+
+
+def call_seconds(predicted: PhasePrediction | None, phase: RehearsedPhase) -> float:
+    """Return what a rehearsed phase takes in a call with as many calls of it as were planned."""
+    missing = 0 if predicted is None else predicted.calls - phase.calls
+    return phase.seconds + missing * phase.last_call_s
 
 
 def prediction_json(

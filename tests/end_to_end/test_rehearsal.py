@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,13 +252,18 @@ def test_a_call_is_cut_to_the_steps_that_repeat() -> None:
 # -- verify
 
 
-def test_a_plan_is_verified_and_a_broken_budget_is_seen() -> None:
+def test_a_plan_is_verified_and_a_broken_budget_is_seen(tmp_path: Path) -> None:
     pipe, _ = untouched("flux")
     call = {k: v for k, v in small_call("flux").items() if k != "generator"}
     made = plan(pipe, "1GB", call=call, machine=reference_machine(["rtx-4060"]))
-    verified = verify(made, pipe)
+    verified = verify(made, pipe, timeline=tmp_path / "timeline.json")
     assert verified.holds
     assert "holds" in str(verified)
+    spans = json.loads((tmp_path / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]
+    calls = sum(span["name"] == "transformer.forward" for span in spans)
+    assert 1 <= calls <= REHEARSED_STEPS
+    rehearsed_s = sum(phase["call_s"] for phase in verified.to_json()["phases"])
+    assert rehearsed_s == pytest.approx(made.prediction.latency.call_s, rel=0.05)
     index = made.gpu.index
     tight = verified.rehearsal.context_bytes + MIB
     broken = replace(made, policy=replace(made.policy, budget_bytes={index: tight}))
