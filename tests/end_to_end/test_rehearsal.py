@@ -39,6 +39,7 @@ from pipefit.planner.policy import parse_strategy_spec
 from pipefit.planner.rehearse import REHEARSED_STEPS, on_stage, rehearse, shortened_call
 from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
+from pipefit.planner.stage import Stage
 from pipefit.planner.trace import trace
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.live import module_components
@@ -124,7 +125,45 @@ def test_what_another_stream_still_uses_is_reserved_longer() -> None:
     assert recorded.reserved_bytes > streamed.reserved_bytes
 
 
+# -- remembered calls
+
+TILED = Option(strategy="vae_tiling", component="vae", parameters={"tile_px": 16})
+
+
+@pytest.mark.parametrize(("name", "placement"), CASES)
+def test_remembered_calls_do_what_executed_ones_do(name: str, placement: str) -> None:
+    pipe, _ = untouched(name)
+    options, call = PLACEMENTS[placement](pipe), small_call(name)
+    assert rehearse(pipe, options, call, CARD) == rehearse(
+        pipe, options, call, CARD, remember=False
+    )
+
+
+@pytest.mark.parametrize("placement", FEW)
+def test_a_tiled_decode_is_the_same_from_memory(placement: str) -> None:
+    pipe, _ = untouched("flux")
+    options, call = [*PLACEMENTS[placement](pipe), TILED], small_call("flux")
+    executed, remembered = [], []
+    for remember, launches in ((False, executed), (True, remembered)):
+        with counted(Stage, "launched", launches):
+            launches.append(rehearse(pipe, options, call, CARD, remember=remember))
+    assert remembered[-1] == executed[-1]
+    assert len(remembered) < len(executed)
+
+
 # -- planted defects
+
+
+@contextmanager
+def counted(owner: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    with replaced(owner, name, call):
+        yield
 
 
 @contextmanager
