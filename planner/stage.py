@@ -482,8 +482,10 @@ class Stage(Recorder):
 
     def _perform(self, routine: int, freed: Sequence[Buffer], made: Sequence[Buffer]) -> None:
         self._muted = True
-        blocks = self._play(routine, [buffer.block for buffer in freed])
-        self._muted = False
+        try:
+            blocks = self._play(routine, [buffer.block for buffer in freed])
+        finally:
+            self._muted = False
         for buffer in freed:
             buffer.block = None
         for buffer, block in zip(made, blocks, strict=True):

@@ -20,12 +20,10 @@ import pytest
 import torch
 from benchmarks.published.records import RECORDS
 from diffusers.hooks.group_offloading import GroupOffloadingHook, ModuleGroup
-from tests.end_to_end.small_runs import PLACEMENTS, untouched
+from tests.end_to_end.small_runs import PLACEMENTS, apart, predicted, untouched
 from tests.small_pipelines import SMALL_PIPELINES, small_call
 
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.memory import PhaseMemory, simulate
-from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Workload
 from pipefit.errors import ApplyFailed
@@ -41,7 +39,7 @@ from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.stage import Stage
 from pipefit.planner.trace import trace
-from pipefit.strategies import strategy, traits_of
+from pipefit.strategies import traits_of
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 
@@ -67,27 +65,6 @@ CASES = [
 @functools.cache
 def traced(name: str) -> Workload:
     return trace(untouched(name)[0], small_call(name), name=name, traits=traits_of)
-
-
-def predicted(
-    found: Workload, options: list[Option], gpu: Gpu
-) -> dict[tuple[str, str], PhaseMemory]:
-    choices = {}
-    for component in found.components:
-        option = next(o for o in options if o.component in (component.name, None))
-        placement = strategy(option.strategy).placement(option.parameters)
-        choices[component.name] = Choice(placement=placement)
-    keys = [(phase.component, phase.entry) for phase in found.phases]
-    return dict(zip(keys, simulate(found, choices, gpu), strict=True))
-
-
-def apart(rehearsal: Rehearsal, prediction: dict[tuple[str, str], PhaseMemory]) -> float:
-    """Return by which share the allocated peaks of a phase differ at most."""
-    assert [(p.component, p.entry) for p in rehearsal.phases] == list(prediction)
-    return max(
-        abs(prediction[p.component, p.entry].allocated_bytes / p.allocated_bytes - 1)
-        for p in rehearsal.phases
-    )
 
 
 def peaks(name: str, placement: str) -> tuple[Rehearsal, float]:
