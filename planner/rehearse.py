@@ -3,8 +3,7 @@
 The options are applied to a weightless twin of the pipeline as :mod:`pipefit.planner.apply` does
 it, and the pipeline's own call runs under the hooks of diffusers and accelerate on a
 :class:`~pipefit.planner.stage.Stage`. Nothing of how hooks move weights is assumed; a prediction
-assumes it. Nothing is remembered between equal calls: 60 us an operator, and tiled decoders have
-very many.
+assumes it.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ def on_stage(
     timeline: Timeline | None = None,
     is_strict: bool = True,
     in_place: bool = False,
+    remember: bool = True,
 ) -> Iterator[Stage]:
     """Open virtual GPUs with a weightless twin of *pipe*, its weights on the CPU.
 
@@ -50,13 +50,21 @@ def on_stage(
     :func:`pipefit.planner.guard.hold_to_budget` does: on the first GPU, or by the index of each; by
     default what other processes leave. *links* join GPUs; others copy through the host. *timeline*
     is told what happens when. If not *is_strict*, cached memory is given back at that bound, but it
-    may be exceeded. With *in_place* the pipeline's own modules are converted.
+    may be exceeded. With *in_place* the pipeline's own modules are converted. With *remember* off
+    every call is executed (slow; for tests).
     """
     gpus = (gpu,) if isinstance(gpu, Gpu) else tuple(gpu)
     budgets = {gpus[0].index: budget_bytes} if isinstance(budget_bytes, int) else budget_bytes
-    stage = Stage(gpus, budgets or {}, links=links, timeline=timeline, is_strict=is_strict)
+    stage = Stage(
+        gpus,
+        budgets or {},
+        links=links,
+        timeline=timeline,
+        is_strict=is_strict,
+        remember=remember,
+    )
     with stage.machine, shimmed(), torch.no_grad():
-        stage.adopt(weightless(pipe, stage.machine, device=CPU, in_place=in_place))
+        stage.adopt_all(weightless(pipe, stage.machine, device=CPU, in_place=in_place))
         yield stage
 
 
@@ -71,6 +79,7 @@ def rehearse(
     timeline: Timeline | None = None,
     is_strict: bool = True,
     in_place: bool = False,
+    remember: bool = True,
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
@@ -94,6 +103,7 @@ def rehearse(
             timeline=timeline,
             is_strict=is_strict,
             in_place=in_place,
+            remember=remember,
         ) as stage,
         apply_options(stage.pipe, options, GPU),
     ):

@@ -5,6 +5,9 @@ library workspaces and ``empty_cache`` drive the allocator model while they happ
 the clock what the latency model says, copies what the link gives, and the host what it needs to
 issue them. What a reader would get wrong: time decides about memory too, because a block that
 another stream was recorded to use stays reserved until that stream has passed.
+
+A call of a module without hooks at or below it is remembered as in a trace, and done again by doing
+what it did to the GPU, event by event. Hooks are always executed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,11 +39,19 @@ from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 from pipefit.planner.kernels import kernel_of
 from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
-from pipefit.planner.recorder import intercepting
+from pipefit.planner.recorder import TILE_METHODS, Recorder, has_own_forward, intercepting
 from pipefit.planner.timeline import HOST, Timeline
 from pipefit.planner.trace import describe_component, phase_name
-from pipefit.planner.virtual import VirtualDevice, VirtualMachine
-from pipefit.planner.virtual_tensors import CPU, UNSEEN, Buffer, Copy, Launch, Observer
+from pipefit.planner.virtual import VirtualDevice
+from pipefit.planner.virtual_tensors import (
+    CPU,
+    UNSEEN,
+    Buffer,
+    Copy,
+    Launch,
+    VirtualTensor,
+    buffer_of,
+)
 from pipefit.strategies.live import module_components
 
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -120,7 +132,7 @@ class StageGpu:
         )
 
 
-class Stage(Observer):
+class Stage(Recorder):
     """Virtual GPUs and a weightless pipeline on their host.
 
     Made by :func:`pipefit.planner.rehearse.on_stage`. Budgets and rows of phases go by the index of
@@ -135,18 +147,18 @@ class Stage(Observer):
         links: Sequence[Link] = (),
         timeline: Timeline | None = None,
         is_strict: bool = True,
+        remember: bool = True,
     ) -> None:
+        super().__init__(
+            [VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus],
+            remember=remember and len(gpus) == 1,  # events do not say which GPU
+        )
+        self.root.events = deque(maxlen=0)  # nobody reads what is outside of remembered calls
         self.gpus = [
             StageGpu(place, gpu, budget_bytes.get(gpu.index), is_strict=is_strict)
             for place, gpu in enumerate(gpus)
         ]
         self.links = {frozenset((link.first, link.second)): link for link in links}
-        self.machine = VirtualMachine(
-            self,
-            devices=[
-                VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus
-            ],
-        )
         self.clock = Clock()
         self.timeline = timeline
         self.pipe: Any = None
@@ -155,15 +167,16 @@ class Stage(Observer):
         self.placing = Copies()
         self.host_bytes = self.peak_host_bytes = 0
         self.pinned_bytes = self.peak_pinned_bytes = 0
-        self.unknown_reads: dict[str, int] = {}
         self._has_link = math.isfinite(self.gpus[0].link.h2d_pinned_bytes_per_s)
         self._phases: dict[tuple[str, str], list[RehearsedPhase]] = {}
         self._before = self._phase = self._rows("", "", "")
         self._next: list[RehearsedPhase] | None = None
         self._timed: list[RehearsedPhase] | None = None
         self._marked_s = 0.0
-        self._component_of: dict[int, str] = {}
         self._depth = 0
+        self._hooked: dict[int, bool] = {}
+        """Module (by id) -> whether it or one below it has hooks."""
+        self._parts: dict[int, list[torch.nn.Module]] = {}
         self._recorded: dict[Block, set[int]] = {}
 
     @property
@@ -182,15 +195,23 @@ class Stage(Observer):
         return self.gpus[index].allocator
 
     def allocated(self, buffer: Buffer) -> None:
-        place = _place(buffer)
-        buffer.owner = self._take(place, buffer.num_bytes)
-        buffer.number = self.machine.streams[place].number
-
-    def freed(self, buffer: Buffer) -> None:
-        block = buffer.owner
-        if block is None:  # there was no room for it
+        if self._muted:
             return
         place = _place(buffer)
+        buffer.block = self._take(place, buffer.num_bytes)
+        buffer.stream = self.machine.streams[place].number
+        super().allocated(buffer)
+
+    def freed(self, buffer: Buffer) -> None:
+        if buffer.block is None:  # there was no room for it, or a remembered call freed it
+            return
+        if buffer.owner is None:  # older than all frames
+            self._is_unlike()
+        super().freed(buffer)
+        self._give(_place(buffer), buffer.block)
+
+    def _give(self, place: int, block: Block) -> None:
+        """Free *block*, once the streams that were recorded to use it have passed."""
         allocator = self.gpus[place].allocator
         streams = self._recorded.pop(block, None)
         if not streams:
@@ -201,10 +222,12 @@ class Stage(Observer):
         self._note_memory(place)
 
     def recorded(self, buffer: Buffer, stream: Any) -> None:
-        if buffer.owner is not None and stream.number != buffer.number:
-            self._recorded.setdefault(buffer.owner, set()).add(stream.number)
+        self._is_unlike()
+        if buffer.block is not None and stream.number != buffer.stream:
+            self._recorded.setdefault(buffer.block, set()).add(stream.number)
 
     def emptied_cache(self) -> None:
+        self._is_unlike()
         for gpu in self.gpus:
             held_bytes, num_deferred = gpu.allocator.reserved_bytes, gpu.allocator.num_deferred
             gpu.allocator.empty_cache()
@@ -265,6 +288,7 @@ class Stage(Observer):
             by_place[gpu.place] = gpu.needs(func, args, kwargs, out)
         needs = by_place[gpu.place]
         if needs is not None:
+            self._note(("k", needs))
             self._launch(gpu, needs)
 
     def _launch(self, gpu: StageGpu, needs: _Needs) -> None:
@@ -286,6 +310,7 @@ class Stage(Observer):
             self.timeline.span(gpu.place, stream, needs.name, span)
 
     def copied(self, copy: Copy) -> None:
+        self._note(("t", copy))
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
         if copy.source is not None and copy.target is not None:
@@ -348,9 +373,11 @@ class Stage(Observer):
     # -- waiting
 
     def synchronised(self, index: int) -> None:
+        self._note(("s", index))
         self.clock.synchronise(self.machine.streams[index].number)
 
     def waited(self, stream: Any) -> None:
+        self._is_unlike()
         if stream is None:
             self.clock.synchronise()
             return
@@ -360,18 +387,23 @@ class Stage(Observer):
             self.clock.work(GROUP_SYNC_S if is_default else GROUP_HOOK_S)
 
     def marked(self, stream: Any) -> float:
+        self._is_unlike()
         return self.clock.record_event(stream.number)
 
     def ordered(self, stream: Any, moment_s: float) -> None:
+        self._is_unlike()
         self.clock.wait(stream.number, moment_s)
 
     def reached(self, moment_s: float) -> None:
+        self._is_unlike()
         self.clock.wait_until(moment_s)
 
     def has_done(self, stream: Any) -> bool:
+        self._is_unlike()
         return self.clock.done_s(stream.number) <= self.clock.host_s
 
     def now_s(self) -> float:
+        self._is_unlike()
         return self.clock.host_s
 
     # -- memory of the host
@@ -389,6 +421,7 @@ class Stage(Observer):
         self._count_host(buffer, -1)
 
     def _count_host(self, buffer: Buffer, sign: int) -> None:
+        self._is_unlike()
         if buffer.is_pinned:
             # CachingHostAllocator rounds up (aten/src/ATen/core/CachingHostAllocator.h, torch 2.13)
             self.pinned_bytes += sign * (1 << max(0, buffer.num_bytes - 1).bit_length())
@@ -396,9 +429,93 @@ class Stage(Observer):
             self.host_bytes += sign * buffer.num_bytes
 
     def value_read(self, known: bool, func: Any) -> None:
-        if not known:
+        if known:
+            super().value_read(known, func)
+        else:
+            self._note(("u",))
             where = self._phase[0].component or "the pipeline"
             self.unknown_reads[where] = self.unknown_reads.get(where, 0) + 1
+
+    # -- remembered calls
+
+    def _note(self, event: tuple[Any, ...]) -> None:
+        if self.stack and not self._muted:
+            self.stack[-1].events.append(event)
+
+    def _is_unlike(self) -> None:
+        """The running call does what its events cannot say: it is not remembered."""
+        if self.stack:
+            self.stack[-1].remember = False
+
+    def call(
+        self, module: Any, entry: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if not self.remember:
+            return function(*args, **kwargs)
+        if entry not in TILE_METHODS and self._has_hooks_within(module):
+            self._is_unlike()
+            return function(*args, **kwargs)
+        return super().call(module, entry, function, args, kwargs)
+
+    def _has_hooks_within(self, module: torch.nn.Module) -> bool:
+        found = self._hooked.get(id(module))
+        if found is None:
+            found = has_own_forward(module) or any(map(self._has_hooks_within, module.children()))
+            self._hooked[id(module)] = found
+        return found
+
+    def _kind(self, module: torch.nn.Module, entry: str) -> Any:
+        """Return what makes calls alike, with where the weights are now: hooks move them."""
+        if entry in TILE_METHODS:
+            return super()._kind(module, entry)
+        parts = self._parts.get(id(module))
+        if parts is None:
+            parts = self._parts[id(module)] = list(module.modules())
+        weights = tuple(
+            (tensor.dtype, buffer_of(tensor).device)
+            for part in parts
+            for table in (part._parameters, part._buffers)
+            for tensor in table.values()
+            if type(tensor) is VirtualTensor
+        )
+        return *super()._kind(module, entry), weights
+
+    def _perform(self, routine: int, freed: Sequence[Buffer], made: Sequence[Buffer]) -> None:
+        self._muted = True
+        try:
+            blocks = self._play(routine, [buffer.block for buffer in freed])
+        finally:
+            self._muted = False
+        for buffer in freed:
+            buffer.block = None
+        for buffer, block in zip(made, blocks, strict=True):
+            buffer.block, buffer.stream = block, self.machine.streams[0].number
+
+    def _play(self, routine: int, outside: Sequence[Block]) -> list[Block]:
+        """Do the events of a routine; return the blocks of what it returns."""
+        blocks: dict[int, Block] = {}
+        gpu = self.gpus[0]
+        for event in self.routines[routine].events:
+            kind = event[0]
+            if kind == "a":
+                blocks[event[1]] = self._take(0, event[2])
+            elif kind == "k":
+                self._launch(gpu, event[1])
+            elif kind == "f":
+                self._give(0, blocks.pop(event[1]))
+            elif kind == "c":
+                _, callee, _, returned, freed = event
+                given = [blocks.pop(n) if n >= 0 else outside[-1 - n] for n in freed]
+                blocks.update(zip(returned, self._play(callee, given), strict=True))
+            elif kind == "x":
+                self._give(0, outside[event[1]])
+            elif kind == "t":
+                self.copied(event[1])
+            elif kind == "s":
+                self.synchronised(event[1])
+            else:
+                self.value_read(False, None)
+        return [blocks[n] for n in self.routines[routine].returns]
 
     # -- phases
 
@@ -419,14 +536,15 @@ class Stage(Observer):
     def _call(
         self, module: Any, entry: str, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        component = self._component_of.get(id(module))
-        if component is None or self._depth:
-            return function(*args, **kwargs)
+        path = self._paths.get(id(module))
+        if path is None or self._depth:
+            return self.call(module, entry, function, args, kwargs)
+        component = path.partition(".")[0]
         self._enter(component, entry)
         begin_s = self.clock.host_s
         self._depth += 1
         try:
-            return function(*args, **kwargs)
+            return self.call(module, entry, function, args, kwargs)
         finally:
             self._depth -= 1
             if self.timeline is not None:
@@ -456,12 +574,19 @@ class Stage(Observer):
 
     # -- the call
 
-    def adopt(self, pipe: Any) -> None:
+    def adopt_all(self, pipe: Any) -> None:
         """Make *pipe*, which is virtual, the one that is called."""
         self.pipe = pipe
         for name, module in module_components(pipe).items():
-            for part in module.modules():
-                self._component_of.setdefault(id(part), name)
+            self.adopt(name, module)
+
+    def forget_structures(self) -> None:
+        super().forget_structures()
+        self._hooked.clear()
+        self._parts.clear()
+
+    def _own_weights(self, name: str, module: torch.nn.Module) -> None:
+        """They are no component's: hooks replace them at any time."""
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -469,7 +594,11 @@ class Stage(Observer):
         gc.collect()  # hooks and modules refer to each other
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
-        with intercepting(module_components(self.pipe).values(), self._call):
+        self.forget_structures()
+        with (
+            intercepting(module_components(self.pipe).values(), self._call),
+            self.recording(self.root),
+        ):
             yield
         self._stop_watch()
         self._timed = None

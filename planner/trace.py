@@ -30,7 +30,7 @@ from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
 from pipefit.planner.recorder import Recorder, intercepting, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
-from pipefit.planner.virtual import VirtualMachine
+from pipefit.planner.virtual import VirtualDevice, VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, VirtualTensor, buffer_of
 
 LEAF_LAYERS = (
@@ -66,6 +66,11 @@ def weightless(
             for tensor in (*part.parameters(), *part.buffers()):
                 if id(tensor) not in memo:
                     memo[id(tensor)] = machine.parameter(tensor, device)
+            for module in part.modules():
+                for tensor in module.__dict__.values():
+                    # weight_norm leaves the weight that it computed: no leaf, not to be copied
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach()
             if not in_place:
                 part = copy.deepcopy(part, memo)
             else:
@@ -189,7 +194,7 @@ def trace(
         TraceError: if the pipeline's own call fails. UnsupportedPipeline: if it needs a package
         that is not installed.
     """
-    recorder = Recorder(compute_capability=compute_capability, remember=remember)
+    recorder = Recorder([VirtualDevice(compute_capability)], remember=remember)
     with recorder.machine, shimmed(), torch.no_grad():
         twin = weightless(pipe, recorder.machine, in_place=in_place)
         prepare(twin)

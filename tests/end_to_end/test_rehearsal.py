@@ -20,12 +20,10 @@ import pytest
 import torch
 from benchmarks.published.records import RECORDS
 from diffusers.hooks.group_offloading import GroupOffloadingHook, ModuleGroup
-from tests.end_to_end.small_runs import PLACEMENTS, untouched
+from tests.end_to_end.small_runs import PLACEMENTS, apart, predicted, untouched
 from tests.small_pipelines import SMALL_PIPELINES, small_call
 
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.memory import PhaseMemory, simulate
-from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Workload
 from pipefit.errors import ApplyFailed
@@ -39,8 +37,9 @@ from pipefit.planner.policy import parse_strategy_spec
 from pipefit.planner.rehearse import REHEARSED_STEPS, on_stage, rehearse, shortened_call
 from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
+from pipefit.planner.stage import Stage
 from pipefit.planner.trace import trace
-from pipefit.strategies import strategy, traits_of
+from pipefit.strategies import traits_of
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 
@@ -66,27 +65,6 @@ CASES = [
 @functools.cache
 def traced(name: str) -> Workload:
     return trace(untouched(name)[0], small_call(name), name=name, traits=traits_of)
-
-
-def predicted(
-    found: Workload, options: list[Option], gpu: Gpu
-) -> dict[tuple[str, str], PhaseMemory]:
-    choices = {}
-    for component in found.components:
-        option = next(o for o in options if o.component in (component.name, None))
-        placement = strategy(option.strategy).placement(option.parameters)
-        choices[component.name] = Choice(placement=placement)
-    keys = [(phase.component, phase.entry) for phase in found.phases]
-    return dict(zip(keys, simulate(found, choices, gpu), strict=True))
-
-
-def apart(rehearsal: Rehearsal, prediction: dict[tuple[str, str], PhaseMemory]) -> float:
-    """Return by which share the allocated peaks of a phase differ at most."""
-    assert [(p.component, p.entry) for p in rehearsal.phases] == list(prediction)
-    return max(
-        abs(prediction[p.component, p.entry].allocated_bytes / p.allocated_bytes - 1)
-        for p in rehearsal.phases
-    )
 
 
 def peaks(name: str, placement: str) -> tuple[Rehearsal, float]:
@@ -124,7 +102,45 @@ def test_what_another_stream_still_uses_is_reserved_longer() -> None:
     assert recorded.reserved_bytes > streamed.reserved_bytes
 
 
+# -- remembered calls
+
+TILED = Option(strategy="vae_tiling", component="vae", parameters={"tile_px": 16})
+
+
+@pytest.mark.parametrize(("name", "placement"), CASES)
+def test_remembered_calls_do_what_executed_ones_do(name: str, placement: str) -> None:
+    pipe, _ = untouched(name)
+    options, call = PLACEMENTS[placement](pipe), small_call(name)
+    assert rehearse(pipe, options, call, CARD) == rehearse(
+        pipe, options, call, CARD, remember=False
+    )
+
+
+@pytest.mark.parametrize("placement", FEW)
+def test_a_tiled_decode_is_the_same_from_memory(placement: str) -> None:
+    pipe, _ = untouched("flux")
+    options, call = [*PLACEMENTS[placement](pipe), TILED], small_call("flux")
+    executed, remembered = [], []
+    for remember, launches in ((False, executed), (True, remembered)):
+        with counted(Stage, "launched", launches):
+            launches.append(rehearse(pipe, options, call, CARD, remember=remember))
+    assert remembered[-1] == executed[-1]
+    assert len(remembered) < len(executed)
+
+
 # -- planted defects
+
+
+@contextmanager
+def counted(owner: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    with replaced(owner, name, call):
+        yield
 
 
 @contextmanager
