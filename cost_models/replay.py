@@ -106,6 +106,8 @@ class Replay:
         self._phase_of = {c: i for i, phase in enumerate(workload.phases) for c in phase.calls}
         self._phase = self._phase_of.get(0, 0)
         self._carried: set[Block] = set()
+        self._held: set[Block] = set()
+        """Blocks that the running component call cannot free: see :meth:`_hooks_hold`."""
         members = [n for n, c in choices.items() if isinstance(c.placement, ModelOffload)]
         self._chain = OffloadChain(workload, members)
         self._tensor_bytes = {c.name: list(load_order(c)) for c in workload.components}
@@ -159,13 +161,29 @@ class Replay:
         outside = [blocks.pop(n) for n in freed]
         # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
         num_given = self.workload.routines[index].num_outside
+        held = outside[:num_given] if self._hooks_hold(component) else []
+        self._held.update(held)
         results = self._call(index, component, below, outside[:num_given], is_entered=True)
-        for block in outside[num_given:]:
+        self._held.clear()
+        for block in (*held, *outside[num_given:]):
             self._free(block)
         for number, block in zip(returned, results, strict=False):
             self._carry(blocks, number, block)
         for block in results[len(returned) :]:
             self._free(block)
+
+    def _hooks_hold(self, component: str) -> bool:
+        """Whether what *component* takes out of lists that it is given lives on until it returns.
+
+        A hook hands a module copies of the lists among its arguments, made by ``send_to_device``
+        (``GroupOffloadingHook.pre_forward`` in diffusers 0.42.1, ``CpuOffload`` and
+        ``AlignDevicesHook`` in accelerate 1.15), while the caller's frame keeps the lists
+        themselves. A UNet with a T2I adapter pops its residuals from one.
+        """
+        hooks = self._hooks.get(component)
+        if hooks is not None and isinstance(self.choices[component].placement, GroupOffload):
+            return hooks.leads("")
+        return hooks is not None or component in self._chain.members
 
     # Weights, as the placements move them.
 
@@ -454,6 +472,8 @@ class Replay:
         self._note_peak()
 
     def _free(self, block: Block) -> None:
+        if block in self._held:
+            return
         if block in self._carried:
             self._carried.discard(block)
             self._carried_bytes -= block.num_bytes

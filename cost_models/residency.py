@@ -313,6 +313,10 @@ class GroupHooks:
         """Whether a group begins or ends in *path* or below."""
         return path in self._ancestors
 
+    def leads(self, path: str) -> bool:
+        """Whether the call of *path* itself copies a group in."""
+        return path in self._leads
+
     @property
     def is_recording(self) -> bool:
         """Whether a recorder's first forward is under way."""

@@ -284,6 +284,25 @@ def test_a_variant_may_free_and_return_less_than_the_call_it_replaces() -> None:
     assert phase.allocated_bytes == KIB + 8 * KIB
 
 
+@pytest.mark.parametrize(
+    ("placement", "is_held"),
+    [(RESIDENT, False), (ModelOffload(), True), (BLOCKS, True), (LEAVES_STREAMED, True)],
+)
+def test_a_hook_keeps_what_a_module_pops_from_a_list_it_was_given(
+    placement: Placement, is_held: bool
+) -> None:
+    pops = routine(("x", 0), ("a", 0, MIB), ("f", 0), num_outside=1)
+    found = workload(
+        [linear_stack("unet", [KIB], top_bytes=KIB)],
+        [pops],
+        [("a", 0, 4 * MIB), ("c", 0, "/unet", (), (0,)), ("a", 1, 3 * MIB)],
+        [("unet", "forward", 1)],
+    )
+    (phase,) = replayed(found, placement)
+    held_bytes = phase.allocated_bytes - phase.weight_bytes
+    assert held_bytes == (5 * MIB if is_held else 4 * MIB)
+
+
 def test_a_variant_that_frees_less_may_be_called_over_and_over() -> None:
     """What the plain call frees is freed once, also where calls have settled."""
     steps = 10

@@ -33,7 +33,8 @@ def deviations(name: str) -> Iterator[tuple[str, float]]:
     call = shortened_call(pipe, default_inputs(pipe, info.entry, {}))
     found = trace(pipe, call, name=name, traits=traits_of)
     placements = ["resident", "leaves, streamed"]
-    if found.offload_sequence:  # else no plan has it; AudioLDM 2 moves parts in an order of its own
+    # Without a declared order no plan has it; AudioLDM 2 and Wuerstchen move theirs by own code.
+    if found.offload_sequence:
         placements.append("model_offload")
     for placement in placements:
         options = PLACEMENTS[placement](pipe)

@@ -2,8 +2,9 @@
 
 They agree to the byte but for two things. Blocks without a stream: buffers that a group lists
 beside its modules exist twice once ``module.to("cpu")`` has replaced them, which the replay counts
-from the first forward on (1 KiB of a CLIP encoder). Streamed leaves of Sana: 512 bytes more than
-predicted stay on the GPU after the transformer, unexplained.
+from the first forward on (1 KiB of a CLIP encoder). Streams: ``ModuleGroup._offload_to_memory``
+gives back the parameters of its modules and not their buffers, which the replay gives back too (512
+bytes of the scale in Gemma's embedding, for Sana).
 """
 
 from __future__ import annotations

@@ -234,6 +234,17 @@ def test_the_live_pipeline_is_untouched() -> None:
     assert [(id(p), p.data_ptr()) for p in net.parameters()] == weights
 
 
+def test_a_weight_that_weight_norm_computed_does_not_keep_a_pipeline_from_being_traced() -> None:
+    net = torch.nn.utils.weight_norm(torch.nn.Linear(4, 4))
+    assert not net.weight.is_leaf  # what deepcopy refuses
+
+    def run(pipe: Any) -> Any:
+        return pipe.net(torch.ones(2, 4, device=pipe.net.weight_g.device))
+
+    workload = trace(Pipeline(run, net=net), {})
+    assert [phase.component for phase in workload.phases] == ["net"]
+
+
 def test_the_pipelines_that_one_is_combined_of_share_its_twins(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

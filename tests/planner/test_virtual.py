@@ -239,3 +239,12 @@ def machine_free_answer() -> bool:
 def test_a_view_shares_its_buffer(machine: VirtualMachine) -> None:
     x = torch.empty(4, 4, device="cuda")
     assert buffer_of(x.t()) is buffer_of(x)
+
+
+def test_a_device_without_an_index_is_the_current_one() -> None:
+    real = torch.ones(3)
+    with VirtualMachine(Observer()), torch.no_grad():
+        assert real.to(torch.device("cuda")).device == torch.device("cuda", 0)
+        assert real.to(device="cuda", dtype=torch.float16).device == torch.device("cuda", 0)
+        assert real.cuda().device == torch.device("cuda", 0)
+    assert real.to(torch.float16).device.type == "cpu"
