@@ -135,6 +135,13 @@ def check_required(workload: Workload, policy: Policy) -> None:
             raise InvalidRequest(
                 f"Strategy {one.name} is for the whole pipeline: leave @{option.component} out."
             )
+        if isinstance(one.placement(option.parameters), ModelOffload) and not (
+            workload.offload_sequence
+        ):
+            raise InvalidRequest(
+                f"Strategy {one.name} cannot be had: {workload.pipeline_class} declares no order of "
+                "offloading (model_cpu_offload_seq), so what it does is not known; use group_offload."
+            )
     for component in workload.components:
         _check_contradictions(component, policy)
 

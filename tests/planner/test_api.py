@@ -212,3 +212,10 @@ def test_a_budget_for_several_gpus_says_that_one_is_used() -> None:
     pair = reference_machine(["rtx-4090", "rtx-4060"])
     plan = api.plan(untouched("flux")[0], "0=8GB,1=4GB", call=small_call("flux"), machine=pair)
     assert any("Only GPU 0 is used" in line for line in plan.assumptions)
+
+
+@pytest.mark.slow
+def test_model_offload_is_refused_where_a_class_orders_it_in_its_own_way() -> None:
+    machine = reference_machine(["rtx-4060"])
+    with pytest.raises(InvalidRequest, match="model_cpu_offload_seq"):
+        pipefit.predict("audioldm2", ["model_offload"], machine=machine)
