@@ -139,8 +139,9 @@ def check_required(workload: Workload, policy: Policy) -> None:
             workload.offload_sequence
         ):
             raise InvalidRequest(
-                f"Strategy {one.name} cannot be had: {workload.pipeline_class} declares no order of "
-                "offloading (model_cpu_offload_seq), so what it does is not known; use group_offload."
+                f"Strategy {one.name} cannot be had: {workload.pipeline_class} declares no "
+                "model_cpu_offload_seq, so in which order it offloads is not known; "
+                "use group_offload."
             )
     for component in workload.components:
         _check_contradictions(component, policy)

@@ -12,6 +12,7 @@ from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import small_call
 
 import pipefit
+from pipefit.errors import InvalidRequest
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.snapshot import differences, snapshot
