@@ -39,7 +39,8 @@ from pipefit.planner.recorder import intercepting
 from pipefit.planner.timeline import HOST, Timeline
 from pipefit.planner.trace import describe_component, phase_name
 from pipefit.planner.virtual import VirtualDevice, VirtualMachine
-from pipefit.planner.virtual_tensors import CPU, UNSEEN, Buffer, Copy, Launch, Observer
+from pipefit.planner.virtual_host import HostMemory
+from pipefit.planner.virtual_tensors import UNSEEN, Buffer, Copy, Launch, Observer
 from pipefit.strategies.live import module_components
 
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -147,8 +148,10 @@ class Stage(Observer):
         self.placements: Mapping[str, Placement] = {}
         """By component, where known: how weights are page-locked, and what they come back to."""
         self.placing = Copies()
-        self.host_bytes = self.peak_host_bytes = 0
-        self.pinned_bytes = self.peak_pinned_bytes = 0
+        self.host = HostMemory()
+        self.placing_host_bytes = 0
+        """Peak of pageable memory before the call."""
+        self.disk_bytes = 0
         self.unknown_reads: dict[str, int] = {}
         self._has_link = math.isfinite(self.gpus[0].link.h2d_pinned_bytes_per_s)
         self._phases: dict[tuple[str, str], list[RehearsedPhase]] = {}
@@ -301,6 +304,8 @@ class Stage(Observer):
             # The driver reads pageable memory while the host waits, whatever it was told.
             is_blocking=copy.is_blocking or not copy.is_pinned,
         )
+        if copy.host is not None and copy.is_pinned and not copy.is_blocking:
+            self.host.used(copy.host, span.end_s)
         if self.timeline is not None:
             name = "copy to GPU" if is_in else "copy to host"
             self.timeline.span(place, stream, name, span, copy.num_bytes)
@@ -362,23 +367,17 @@ class Stage(Observer):
     # -- memory of the host
 
     def host_allocated(self, buffer: Buffer) -> None:
-        self._count_host(buffer, 1)
-        self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
-        self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
+        self.host.allocate(buffer, self.clock.host_s)
         if buffer.is_pinned and self._has_link:
             placement = self.placements.get(self._phase[0].component)
             if isinstance(placement, GroupOffload):
                 self.clock.work(buffer.num_bytes / pin_bytes_per_s(placement))
 
     def host_freed(self, buffer: Buffer) -> None:
-        self._count_host(buffer, -1)
+        self.host.free(buffer, self.clock.host_s)
 
-    def _count_host(self, buffer: Buffer, sign: int) -> None:
-        if buffer.is_pinned:
-            # CachingHostAllocator rounds up (aten/src/ATen/core/CachingHostAllocator.h, torch 2.13)
-            self.pinned_bytes += sign * (1 << max(0, buffer.num_bytes - 1).bit_length())
-        elif buffer.device == CPU:
-            self.host_bytes += sign * buffer.num_bytes
+    def wrote_file(self, num_bytes: int) -> None:
+        self.disk_bytes += num_bytes
 
     def value_read(self, known: bool, func: Any) -> None:
         if not known:
@@ -452,6 +451,8 @@ class Stage(Observer):
     def counting(self) -> Iterator[None]:
         """Cut what is called meanwhile into phases."""
         gc.collect()  # hooks and modules refer to each other
+        self.placing_host_bytes = self.host.peak_pageable_bytes
+        self.host.forget_peak()
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
         with intercepting(module_components(self.pipe).values(), self._call):
@@ -464,8 +465,10 @@ class Stage(Observer):
         return Rehearsal(
             phases=tuple(row for rows in self._phases.values() for row in rows),
             placing=self.placing,
-            host_bytes=self.peak_host_bytes,
-            pinned_bytes=self.peak_pinned_bytes,
+            placing_host_bytes=self.placing_host_bytes,
+            host_bytes=self.host.peak_pageable_bytes,
+            pinned_bytes=self.host.held_pinned_bytes,
+            disk_bytes=self.disk_bytes,
             context_bytes=self.context_bytes,
             call=dict(call),
             unknown_reads=dict(self.unknown_reads),

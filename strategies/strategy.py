@@ -101,6 +101,11 @@ class Imitated(Protocol):
     Such a strategy is only ever asked for; its ``options`` are empty.
     """
 
+    @property
+    def goes_on_loaded(self) -> bool:
+        """Whether a pipeline that is loaded already can be given it, by ``apply``."""
+        ...
+
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
         """Give the twin's component the tensors, and each call the allocations, that it causes."""
         ...
