@@ -491,7 +491,9 @@ class _Operator:
         changes_geometry = torch.Tag.inplace_view in func.tags
         self.special = _SPECIAL.get(func)
         self.returns_view = (
-            (aliases or changes_geometry) and not self.composite and self.special is None
+            (aliases or changes_geometry or func in _UNMARKED_VIEWS)
+            and not self.composite
+            and self.special is None
         )
         self.written = tuple(
             i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
@@ -522,6 +524,10 @@ _DATA_DEPENDENT = {
     aten.repeat_interleave.Tensor,
 }
 _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
+
+_UNMARKED_VIEWS = {aten._unsafe_view.default}
+"""What shares its argument's storage although its schema does not say so: a product of matrices
+ends with it (``_unsafe_view`` in aten/src/ATen/native/TensorShape.cpp, torch 2.13)."""
 
 _UNINITIALISED = {
     "empty",
