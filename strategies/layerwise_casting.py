@@ -31,7 +31,7 @@ from pipefit.strategies.live import (
     wanted_in_float32,
 )
 from pipefit.strategies.parameters import unknown_parameter
-from pipefit.strategies.strategy import Kind, Quality, Undo
+from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 
 STORAGE_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -75,6 +75,12 @@ class LayerwiseCasting:
                 f"{component.class_name} is cast to float32 and back by pipelines that read or "
                 "write pictures (force_upcast in its config), which undoes the cast to 8 bits."
             )
+        return None
+
+    def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
+        """Weights that a quantiser has packed are no floats to cast."""
+        if other.strategy == "quantization":
+            return "the weights are stored in few bits already."
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> None:

@@ -95,6 +95,15 @@ class Strategy(Protocol):
 
 
 @runtime_checkable
+class Choosy(Protocol):
+    """A strategy that some others on the same component rule out, though each is possible."""
+
+    def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
+        """Why it cannot be had together with *other*, one sentence; None: it can."""
+        ...
+
+
+@runtime_checkable
 class Imitated(Protocol):
     """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
 
