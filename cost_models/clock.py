@@ -43,11 +43,50 @@ class Span(NamedTuple):
     end_s: float
 
 
+class _Engine:
+    """Does one thing at a time, whatever is ready first: a stream that waits holds up no other.
+
+    Invariant: the busy spans are in order and apart from each other.
+    """
+
+    __slots__ = ("_busy",)
+
+    def __init__(self) -> None:
+        self._busy: list[list[float]] = []
+
+    def book(self, ready_s: float, seconds: float, now_s: float) -> float:
+        """Take the first free *seconds* from *ready_s* on; return when they begin.
+
+        Nothing will be booked before *now_s* any more.
+        """
+        busy = self._busy
+        if not seconds:
+            return ready_s
+        if busy and ready_s >= busy[-1][0]:  # behind or within the last span: the usual case
+            last = busy[-1]
+            if ready_s <= last[1]:
+                begin_s = last[1]
+                last[1] += seconds
+                return begin_s
+        else:
+            while busy and busy[0][1] <= now_s:
+                del busy[0]
+            for place, (begin_s, end_s) in enumerate(busy):
+                if ready_s + seconds <= begin_s:
+                    busy.insert(place, [ready_s, ready_s + seconds])
+                    return ready_s
+                ready_s = max(ready_s, end_s)
+        if len(busy) > 1 and busy[0][1] <= now_s:
+            busy[:] = [span for span in busy if span[1] > now_s]
+        busy.append([ready_s, ready_s + seconds])
+        return ready_s
+
+
 class Clock:
     """The moments at which the host and every stream will have done all they were given so far.
 
     Streams are numbered, 0 is the default stream of the first GPU. An engine does one thing at a
-    time, whichever stream it is for.
+    time, for whichever stream is ready first.
 
     >>> clock = Clock()
     >>> clock.launch(1, host_s=1.0, gpu_s=5.0)
@@ -63,7 +102,7 @@ class Clock:
     def __init__(self) -> None:
         self.host_s = 0.0
         self._stream_s: dict[int, float] = {0: 0.0}
-        self._engine_s: dict[Hashable, float] = {}
+        self._engines: dict[Hashable, _Engine] = {}
         self._begun_s: dict[int, deque[float]] = {}
 
     def work(self, host_s: float) -> None:
@@ -80,29 +119,29 @@ class Clock:
         engine: Hashable = COMPUTE,
     ) -> Span:
         """Queue *num_launches* kernels, each of which takes *host_s* to issue, *gpu_s* to run."""
-        queue = self._queue(stream)
+        queue, worker = self._queue(stream), self._engine(engine)
         begin_s = None
-        end_s = max(self._stream_s.get(stream, 0.0), self._engine_s.get(engine, 0.0))
+        end_s = self._stream_s.get(stream, 0.0)
         now_s = self.host_s
         for _ in range(num_launches):
             now_s = max(now_s + host_s, queue.popleft())
-            start_s = max(now_s, end_s)
+            start_s = worker.book(max(now_s, end_s), gpu_s, now_s)
             queue.append(start_s)
             end_s = start_s + gpu_s
             if begin_s is None:
                 begin_s = start_s
         self.host_s = now_s
-        self._stream_s[stream] = self._engine_s[engine] = end_s
+        self._stream_s[stream] = end_s
         return Span(end_s if begin_s is None else begin_s, end_s)
 
     def copy(
         self, seconds: float, *, stream: int, engine: Hashable, is_blocking: bool = False
     ) -> Span:
         """Queue a copy that takes *seconds*; the host goes on unless *is_blocking*."""
-        busy_until_s = max(self._stream_s.get(stream, 0.0), self._engine_s.get(engine, 0.0))
-        begin_s = max(self.host_s, busy_until_s)
+        ready_s = max(self.host_s, self._stream_s.get(stream, 0.0))
+        begin_s = self._engine(engine).book(ready_s, seconds, self.host_s)
         end_s = begin_s + seconds
-        self._stream_s[stream] = self._engine_s[engine] = end_s
+        self._stream_s[stream] = end_s
         if is_blocking:
             self.host_s = end_s
         return Span(begin_s, end_s)
@@ -145,7 +184,13 @@ class Clock:
     def skip(self, host_s: float, ahead_s: float) -> None:
         """Advance as a call did of which :meth:`since` said that."""
         self.host_s += host_s
-        self._stream_s[0] = self._engine_s[COMPUTE] = self.host_s + ahead_s
+        self._stream_s[0] = self.host_s + ahead_s
+
+    def _engine(self, name: Hashable) -> _Engine:
+        engine = self._engines.get(name)
+        if engine is None:
+            engine = self._engines[name] = _Engine()
+        return engine
 
     def _queue(self, stream: int) -> deque[float]:
         queue = self._begun_s.get(stream)

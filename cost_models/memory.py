@@ -287,7 +287,7 @@ def simulate(
     context = context_bytes(gpu)
     if budget_bytes is None:
         budget_bytes = gpu.total_bytes - gpu.other_bytes
-    capacity_bytes = int((budget_bytes - context) / (1 + SLACK_SHARE))
+    capacity_bytes = flushing_bytes(gpu, budget_bytes) - context
     run = Replay(workload, choices, gpu, capacity_bytes=capacity_bytes)
     run.run()
     return tuple(
@@ -303,6 +303,15 @@ def simulate(
         )
         for peak, reserved_bytes in zip(run.peaks, run.peak_reserved_bytes, strict=True)
     )
+
+
+def flushing_bytes(gpu: Gpu, budget_bytes: int) -> int:
+    """Return what a process held to *budget_bytes* reaches before cached memory is given back.
+
+    Less than the budget by the slack, so that a peak with its slack keeps it.
+    """
+    context = context_bytes(gpu)
+    return context + int((budget_bytes - context) / (1 + SLACK_SHARE))
 
 
 def _added_to(component: Component, call: _RootCall) -> int:

@@ -2,7 +2,8 @@
 
 pipe, call ──trace──▶ Workload ┐
 hardware ──probe──▶ Machine    ├─▶ options ─▶ predictions ─▶ search ─▶ Plan ─▶ apply
-budget, quality ──▶ Policy     ┘
+budget, quality ──▶ Policy     ┘                                     ▲          │
+                                                                     └ rehearse ┘
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pipefit.planner.policy import (
     parse_strategy_spec,
 )
 from pipefit.planner.probe import cpu_machine, probe
-from pipefit.planner.workloads import Progress, observe
+from pipefit.planner.rehearsals import Rehearser
+from pipefit.planner.workloads import Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
 from pipefit.strategies.strategy import Imitated, Option, Quality
 
@@ -50,6 +52,7 @@ def auto_optimize(
     with_: Strategies = (),
     without: Sequence[str] = (),
     ram: str | int | float | None = None,
+    rehearse: bool | None = None,
     progress: Progress | None = None,
 ) -> Applied | Plan:
     """Plan *pipe* for *vram_budget* and put the plan in force.
@@ -64,6 +67,8 @@ def auto_optimize(
         dry_run: return the :class:`Plan` and touch nothing.
         with_, without: strategies that the plan must or must not use.
         ram: bound on host RAM.
+        rehearse: check the predicted peaks by executing the plan on a virtual GPU, and take the
+            next candidate where the budget would be broken. None: where it takes 5 s at most.
         progress: called with one line of text before anything that takes long.
 
     Returns:
@@ -73,7 +78,7 @@ def auto_optimize(
         InvalidRequest: something asked for cannot be understood; nothing was changed.
         UnsupportedPipeline: the pipeline cannot be planned for.
         NoPlanFits: nothing keeps the budget; carries the smallest budget that works.
-        ApplyFailed: applying failed and was undone.
+        ApplyFailed: applying failed and was undone; or a rehearsal that was asked for fails.
     """
     machine, index = _machine_of(device)
     made = plan(
@@ -85,6 +90,7 @@ def auto_optimize(
         ram=ram,
         with_=with_,
         without=without,
+        rehearse=rehearse,
         progress=progress,
     )
     return made if dry_run else apply(pipe, made)
@@ -101,6 +107,7 @@ def plan(
     ram: str | int | float | None = None,
     with_: Strategies = (),
     without: Sequence[str] = (),
+    rehearse: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the best plan for a pipeline, catalogue name or folder; nothing is moved.
@@ -108,8 +115,8 @@ def plan(
     *machine* is this one unless given (:func:`pipefit.planner.catalog.reference_machine` makes
     others). *dtype* is the load dtype of a name or folder, of all components or by component.
 
-    Raises:
-        As :func:`auto_optimize`, but for ApplyFailed.
+    *rehearse* and the errors are as in :func:`auto_optimize`. What a rehearsal held is in
+    ``Plan.rehearsal``, and what it refuted among the alternatives.
     """
     machine = probe() if machine is None else machine
     policy = _policy(vram_budget, machine, quality, ram, with_, without)
@@ -131,6 +138,15 @@ def plan(
             for level in _lower_levels(policy.quality)
         ],
         extra_ram_bytes=_weights_in_ram_bytes(pipe_or_name),
+        rehearse=None
+        if rehearse is False
+        else Rehearser(
+            source=source_of(pipe_or_name, dtype),
+            call=call or {},
+            gpu=gpu,
+            is_asked_for=bool(rehearse),
+            progress=progress,
+        ),
     )
 
 
@@ -212,15 +228,18 @@ def verify(
     *,
     call: Mapping[str, Any] | None = None,
     dtype: Mapping[str, str] | str | None = None,
+    timeline: str | Path | None = None,
 ) -> Verification:
     """Execute the planned call with the real hooks on a virtual GPU, and say if the budget holds.
 
     Nothing is loaded or moved. *pipe_or_name* is what the plan was made for (a live pipeline or a
     folder; None: the catalogue pipeline that it names), *call* and *dtype* are as then; the call is
-    the plan's own unless given, and is cut to three denoising steps. Memory only: no clock runs.
+    the plan's own unless given, and is cut to three denoising steps. *timeline* names a file for
+    what happened when, on a virtual clock (see :mod:`pipefit.planner.timeline`).
 
     Raises:
         PlanMismatch: if it is another pipeline.
+        InvalidRequest: also where the file cannot be written.
         UnknownName, InvalidRequest, UnsupportedPipeline, TraceError, ApplyFailed: as :func:`plan`
             and :func:`apply`.
     """
@@ -229,7 +248,7 @@ def verify(
     from pipefit.planner.build import quietly
     from pipefit.planner.call import default_inputs
     from pipefit.planner.rehearse import rehearse
-    from pipefit.planner.workloads import source_of
+    from pipefit.planner.timeline import Timeline
 
     source = source_of(plan.pipeline if pipe_or_name is None else pipe_or_name, dtype)
     gpu = plan.gpu
@@ -240,14 +259,19 @@ def verify(
             pipe, entry = source.get()
             _check_fingerprint(pipe, plan)
             arguments = default_inputs(pipe, entry, plan.call if call is None else call)
-            return rehearse(
+            kept = None if timeline is None else Timeline()
+            found = rehearse(
                 pipe,
                 plan.options,
                 arguments,
                 gpu,
                 budget_bytes=budget_bytes,
+                timeline=kept,
                 in_place=source.is_ours,
             )
+        if kept is not None:
+            kept.write(Path(str(timeline)))
+        return found
 
     try:
         return Verification(plan, rehearsed(gpu, budget_bytes))

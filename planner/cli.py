@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pipefit.cost_models.machine import Machine
+    from pipefit.planner.workloads import Progress
     from pipefit.strategies.strategy import Option
 
 app = typer.Typer(
@@ -77,6 +78,13 @@ With = Annotated[
 Without = Annotated[
     list[str] | None, typer.Option("--without", metavar="STRATEGY", help="Never use it.")
 ]
+Rehearse = Annotated[
+    bool | None,
+    typer.Option(
+        "--rehearse/--no-rehearse",
+        help="Check the plan on a virtual GPU; by default where it takes 5 s at most.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file, too.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -119,6 +127,7 @@ def plan(
     quality: QualityLevel = "high",
     with_: With = None,
     without: Without = None,
+    rehearse: Rehearse = None,
     as_json: AsJson = False,
     out: Out = None,
     debug: Debug = False,
@@ -129,8 +138,8 @@ def plan(
     from pipefit.planner import api
     from pipefit.planner.report import plan_report
 
-    with _quiet_output():
-        found = api.plan(pipeline, machine=machine, progress=_progress, **request)
+    with _quiet_output(), _progress_bar() as progress:
+        found = api.plan(pipeline, machine=machine, rehearse=rehearse, progress=progress, **request)
     _answer(found.to_json(), plan_report(found), as_json=as_json, out=out)
 
 
@@ -166,6 +175,10 @@ def verify(
         str | None, typer.Argument(help="Folder that it was made for; names are in the plan.")
     ] = None,
     dtype: Dtype = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option("--timeline", help="Write what happened when, for https://ui.perfetto.dev."),
+    ] = None,
     as_json: AsJson = False,
     out: Out = None,
     debug: Debug = False,
@@ -185,7 +198,7 @@ def verify(
     from pipefit.planner.report import verification_report
 
     with _quiet_output():
-        found = api.verify(made, pipeline, dtype=dtypes)
+        found = api.verify(made, pipeline, dtype=dtypes, timeline=timeline)
     _answer(found.to_json(), verification_report(found), as_json=as_json, out=out)
     if not found.holds:
         raise typer.Exit(NoPlanFits.exit_code)
@@ -202,6 +215,7 @@ def run(
     quality: QualityLevel = "high",
     with_: With = None,
     without: Without = None,
+    rehearse: Rehearse = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
     device: Annotated[
         str | None, typer.Option(help="The first GPU unless said; cpu runs without one.")
@@ -220,7 +234,9 @@ def run(
     from pipefit.planner.runner import run_pipeline
 
     with _quiet_output():
-        done = run_pipeline(pipeline, out=out, seed=seed, device=device, **request)
+        done = run_pipeline(
+            pipeline, out=out, seed=seed, device=device, rehearse=rehearse, **request
+        )
     files = [str(file) for file in done.files]
     if not as_json:
         print("wrote " + ", ".join(files), file=sys.stderr)
@@ -401,9 +417,50 @@ def _quiet_output() -> Iterator[None]:
         yield
 
 
-def _progress(message: str) -> None:
-    if sys.stderr.isatty():
-        print(message, file=sys.stderr)
+PROGRESS_AFTER_S = 1.0
+"""Seconds that a step may take before a bar is shown: what is quicker needs none."""
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress | None]:
+    """Show what takes longer than a second as a bar on standard error, if that is a terminal.
+
+    How much is left is not known: the bar moves, with the seconds gone by.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    import threading
+
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # standard output is for the answer
+        redirect_stderr=False,
+    )
+    task = bar.add_task("", total=None)
+    shown = threading.Timer(PROGRESS_AFTER_S, bar.start)
+    shown.daemon = True
+
+    def say(text: str) -> None:
+        bar.update(task, description=text)
+        if not shown.is_alive() and not shown.finished.is_set():
+            shown.start()
+
+    try:
+        yield say
+    finally:
+        shown.cancel()
+        if shown.is_alive():
+            shown.join()
+        bar.stop()
 
 
 def _error_json(error: NoPlanFits) -> dict[str, Any]:

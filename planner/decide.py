@@ -1,15 +1,17 @@
-"""From priced candidates to a plan: search, check by replay, explain.
+"""From priced candidates to a plan: search, check by replay and rehearsal, explain.
 
 The search adds up figures of single components; the plan states what the replay of the whole call
 says. So the search's answer is replayed before it is accepted, and where the budget would be broken
-the difference is charged and the search is asked again. A plan keeps its budget by the replay.
+the difference is charged and the search is asked again. A plan keeps its budget by the replay, and
+by a rehearsal where the caller brings one: what that needs more is charged as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from pipefit.cost_models.host_memory import PROCESS_BYTES
 from pipefit.cost_models.machine import Machine
@@ -17,7 +19,7 @@ from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
 from pipefit.errors import NoPlanFits
 from pipefit.planner.options import Pick, Pricing, plan_options, quality_of
-from pipefit.planner.plan import Alternative, Plan
+from pipefit.planner.plan import Alternative, Plan, Rehearsed
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import (
     Candidate,
@@ -34,21 +36,44 @@ from pipefit.strategies.strategy import Option, Quality
 MAX_REPLAYS = 12
 """How often the search is asked again before the smallest selection is taken instead."""
 
+MAX_REHEARSALS = 4
+"""How many candidates are rehearsed before the smallest is; our choice: each takes seconds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """A selection with its replay."""
+    """A selection with its replay, and with its rehearsal once there is one."""
 
     pricing: Pricing
     problem: Problem
     selection: Selection
     picks: Mapping[str, Pick | None]
     peaks: tuple[PhaseMemory, ...]
+    rehearsed: Rehearsed | str = ""
+    """What was rehearsed, or why nothing was; empty before anybody wanted to know."""
+
+    @property
+    def phase_bytes(self) -> tuple[int, ...]:
+        """What each phase takes of a budget, its slack included, by replay and by rehearsal."""
+        replayed = tuple(peak.promised_bytes for peak in self.peaks)
+        if isinstance(self.rehearsed, str):
+            return replayed
+        held = {(p.component, p.entry): p.process_bytes for p in self.rehearsed.phases}
+        return tuple(
+            max(bytes_, held.get((phase.component, phase.entry), 0) + self.slack_bytes)
+            for phase, bytes_ in zip(self.pricing.workload.phases, replayed, strict=True)
+        )
 
     @property
     def promised_bytes(self) -> int:
         """The largest phase with its slack, as a budget counts it."""
-        return max(peak.promised_bytes for peak in self.peaks)
+        return max(self.phase_bytes)
+
+    @property
+    def slack_bytes(self) -> int:
+        """The slack that a plan of it states, for the whole call."""
+        process_bytes = max(peak.process_bytes for peak in self.peaks)
+        return max(peak.promised_bytes for peak in self.peaks) - process_bytes
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -56,10 +81,19 @@ class Configuration:
         return plan_options(self.pricing, self.picks)
 
 
+Rehearse: TypeAlias = Callable[[Configuration, int], Rehearsed | str]
+"""Rehearses a configuration in a process held to so many bytes; a text says why it does not."""
+
+
 class Candidates:
     """All problems of one request, searched together."""
 
-    def __init__(self, pricings: Sequence[Pricing], policy: Policy) -> None:
+    def __init__(
+        self, pricings: Sequence[Pricing], policy: Policy, rehearse: Rehearse | None = None
+    ) -> None:
+        self._rehearse = rehearse
+        self.refuted: list[Configuration] = []
+        """What kept the budget by its replay and broke it in its rehearsal."""
         self._of: dict[str, tuple[Pricing, Problem]] = {}
         for pricing in pricings:
             loaded = " and ".join(dict.fromkeys(o.strategy for o in pricing.load_options))
@@ -90,7 +124,8 @@ class Candidates:
         """Return the best configuration whose replay keeps the budget; None if there is none.
 
         What a replay needs beyond the sums (fragmentation, blocks) is added to its problem, phase
-        by phase, before the search is asked again.
+        by phase, before the search is asked again; what a rehearsal needs beyond the replay, to the
+        placement that is to blame.
         """
         budget_bytes = limits.budget_bytes
         assert budget_bytes is not None
@@ -100,27 +135,35 @@ class Candidates:
             if selection is None:
                 break
             found = self.configure(selection, budget_bytes)
+            problem = problems[selection.problem]
+            if found.promised_bytes > budget_bytes:
+                problems[problem.name] = _charged(problem, found)
+                continue
+            found = self.rehearsed(found, budget_bytes)
             if found.promised_bytes <= budget_bytes:
                 return found
-            problem = problems[selection.problem]
-            problems[problem.name] = replace(
-                problem,
-                base_bytes=tuple(
-                    base + max(0, peak.promised_bytes - added)
-                    for base, peak, added in zip(
-                        problem.base_bytes, found.peaks, selection.phase_bytes, strict=True
-                    )
-                ),
-            )
-        smallest = self.smallest(limits)
+            problems[problem.name] = _charged_alike(problem, found)
+            self.refuted.append(found)
+            if len(self.refuted) == MAX_REHEARSALS:
+                break
+        smallest = self.smallest(limits, is_checked=False)
         if smallest is not None and smallest.promised_bytes <= budget_bytes:
-            return smallest
+            smallest = self.rehearsed(smallest, budget_bytes)
+            if smallest.promised_bytes <= budget_bytes:
+                return smallest
+            self.refuted.append(smallest)
         return None
 
-    def smallest(self, limits: Limits) -> Configuration | None:
+    def rehearsed(self, found: Configuration, budget_bytes: int) -> Configuration:
+        """Return *found* with its rehearsal in a process held to *budget_bytes*, if any is made."""
+        if self._rehearse is None:
+            return found
+        return replace(found, rehearsed=self._rehearse(found, budget_bytes))
+
+    def smallest(self, limits: Limits, *, is_checked: bool = True) -> Configuration | None:
         """Return the configuration with the least peak, in a process held to what it needs.
 
-        None if host memory rules out all.
+        It is rehearsed where others are, if *is_checked*. None if host memory rules out all.
         """
         least = smallest_budget(self.problems, limits) if self.problems else None
         selection = (
@@ -134,7 +177,54 @@ class Candidates:
             if found.promised_bytes <= held_bytes:
                 break
             held_bytes = found.promised_bytes
+        if self._rehearse is None or not is_checked:
+            return found
+        for _ in range(MAX_REHEARSALS):
+            found = self.rehearsed(self.configure(selection, held_bytes), held_bytes)
+            if found.promised_bytes <= held_bytes:
+                break
+            held_bytes = found.promised_bytes
         return found
+
+
+def _charged(problem: Problem, found: Configuration) -> Problem:
+    """Return *problem* with what *found* needs beyond its sums added to every selection."""
+    more = _beyond_sums(found)
+    base = tuple(b + m for b, m in zip(problem.base_bytes, more, strict=True))
+    return replace(problem, base_bytes=base)
+
+
+def _charged_alike(problem: Problem, found: Configuration) -> Problem:
+    """Return *problem* with what the rehearsal of *found* needs more added to what is to blame.
+
+    That is the component in whose phase the excess grew most, placed by that strategy: a hook that
+    keeps what it should evict does so at every setting, and other placements are not its fault.
+    """
+    replayed = [peak.promised_bytes for peak in found.peaks]
+    excess = [b - a for a, b in zip(replayed, found.phase_bytes, strict=True)]
+    grown = [now - before for before, now in zip([0, *excess], excess, strict=False)]
+    blamed = found.pricing.workload.phases[grown.index(max(grown))].component
+    more, how = _beyond_sums(found), _placed_by(found.selection.choices[blamed])
+    group = tuple(
+        replace(
+            candidate,
+            phase_bytes=tuple(b + m for b, m in zip(candidate.phase_bytes, more, strict=True)),
+        )
+        if _placed_by(candidate) == how
+        else candidate
+        for candidate in problem.components[blamed]
+    )
+    return replace(problem, components={**problem.components, blamed: group})
+
+
+def _beyond_sums(found: Configuration) -> tuple[int, ...]:
+    pairs = zip(found.phase_bytes, found.selection.phase_bytes, strict=True)
+    return tuple(max(0, needed - added) for needed, added in pairs)
+
+
+def _placed_by(candidate: Candidate) -> str | None:
+    pick = candidate.payload
+    return pick.options[-1].strategy if pick else None
 
 
 def decide(
@@ -145,16 +235,18 @@ def decide(
     device: int,
     lower: Sequence[tuple[Quality, Sequence[Pricing]]] = (),
     extra_ram_bytes: int = 0,
+    rehearse: Rehearse | None = None,
 ) -> Plan:
     """Return the best plan for *device*.
 
     *lower* are the next qualities with their own pricings: what they would gain, or what they could
-    still do, is said. *extra_ram_bytes* is RAM that the pipeline's weights hold already.
+    still do, is said. *extra_ram_bytes* is RAM that the pipeline's weights hold already. *rehearse*
+    checks what would be chosen; without it nothing is rehearsed.
 
     Raises:
         NoPlanFits: with the smallest budget that works at this quality and at the next.
     """
-    candidates = Candidates(pricings, policy)
+    candidates = Candidates(pricings, policy, rehearse)
     limits = limits_of(policy, machine, device, extra_ram_bytes)
     best = candidates.best(limits) if candidates.problems else None
     if best is None:
@@ -176,6 +268,8 @@ def decide(
         alternatives=_rejected(candidates, limits, best),
         fingerprint=workload.fingerprint,
         versions=workload.versions,
+        rehearsal=None if isinstance(best.rehearsed, str) else best.rehearsed,
+        not_rehearsed=best.rehearsed if isinstance(best.rehearsed, str) else "",
     )
 
 
@@ -234,7 +328,9 @@ def _nothing_fits(
 
 def _would_fit_with_more_ram(candidates: Candidates, limits: Limits) -> Configuration | None:
     """Return what keeps the VRAM budget once host memory is no bound; None if nothing does."""
-    found = candidates.smallest(replace(limits, ram_bytes=None, pinnable_bytes=None))
+    roomy = replace(limits, ram_bytes=None, pinnable_bytes=None)
+    # Where no rehearsal refuted anything, the replay alone says whether RAM was what was short.
+    found = candidates.smallest(roomy, is_checked=bool(candidates.refuted))
     if found is None or limits.budget_bytes is None or found.promised_bytes > limits.budget_bytes:
         return None
     return found
@@ -248,11 +344,17 @@ def _rounded_up(num_bytes: int) -> str:
 def _rejected(
     candidates: Candidates, limits: Limits, best: Configuration
 ) -> tuple[Alternative, ...]:
-    """Return the three best that lost; the reasons are those of their own replay."""
+    """Return what a rehearsal refuted and the three best that lost.
+
+    The reasons are those of their own rehearsal or replay.
+    """
     assert limits.budget_bytes is not None
-    found = []
+    found = [_refuted(other, limits.budget_bytes) for other in candidates.refuted]
+    seen = [other.options for other in candidates.refuted]
     for lost in alternatives(candidates.problems, limits, best.selection):
         other = candidates.configure(lost.selection, limits.budget_bytes)
+        if other.options in seen:
+            continue
         over_bytes = other.promised_bytes - limits.budget_bytes
         reason = lost.reason
         if over_bytes > 0 and _host_allows(lost.selection, limits):
@@ -270,6 +372,21 @@ def _rejected(
             )
         )
     return tuple(found)
+
+
+def _refuted(other: Configuration, budget_bytes: int) -> Alternative:
+    assert isinstance(other.rehearsed, Rehearsed)
+    phase, needed_bytes = max(
+        zip(other.pricing.workload.phases, other.phase_bytes, strict=True),
+        key=lambda pair: pair[1],
+    )
+    more = _rounded_up(needed_bytes - budget_bytes)
+    return Alternative(
+        options=other.options,
+        process_bytes=other.rehearsed.peak.process_bytes,
+        call_s=other.selection.call_s,
+        rejected_because=f"the rehearsal needs {more} more in {phase.name}",
+    )
 
 
 def _host_allows(selection: Selection, limits: Limits) -> bool:
@@ -350,7 +467,7 @@ def _without(
     others = [
         c
         for c in group
-        if c is not chosen
+        if c.key != chosen.key
         and {k: v for k, v in _parts(c).items() if strategy(k).kind == "compute"} == computing
     ]
     if option.strategy == "resident":

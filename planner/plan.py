@@ -36,6 +36,33 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RehearsedPeak:
+    """What one phase of a rehearsed call held at its peak."""
+
+    name: str
+    component: str
+    entry: str
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    """With the context, which is predicted and not rehearsed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """What is kept of a rehearsal with its plan: the peaks, phase by phase."""
+
+    phases: tuple[RehearsedPeak, ...]
+    within_budget: bool
+    """Whether every phase leaves the slack that the plan states."""
+
+    @property
+    def peak(self) -> RehearsedPeak:
+        """The phase in which the process held most."""
+        return max(self.phases, key=lambda phase: phase.process_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to do with a pipeline, what will happen then, and why not otherwise."""
 
@@ -53,6 +80,10 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    rehearsal: Rehearsed | None = None
+    """What the plan's rehearsal held; None if there was none."""
+    not_rehearsed: str = ""
+    """Why there was none, where one was wanted."""
 
     @property
     def gpu(self) -> Gpu:
@@ -88,7 +119,8 @@ class Plan:
                 "expected; write one with `pipefit plan PIPELINE --out plan.json`."
             )
         try:
-            return serial.from_json(cls, {**data, "prediction": data})
+            # Plans saved by earlier versions know of no rehearsal.
+            return serial.from_json(cls, {**_NO_REHEARSAL, **data, "prediction": data})
         except ValueError as error:
             raise InvalidRequest(
                 f"The saved plan is damaged ({error}): write it again with `pipefit plan`."
@@ -223,9 +255,10 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """Return it as ``pipefit.verification/1``."""
         rehearsal = serial.to_json(self.rehearsal)
-        for shown, (predicted, _) in zip(rehearsal["phases"], self.phases, strict=True):
-            for key in ("allocated_bytes", "reserved_bytes"):
+        for shown, (predicted, phase) in zip(rehearsal["phases"], self.phases, strict=True):
+            for key in ("allocated_bytes", "reserved_bytes", "seconds"):
                 shown[f"predicted_{key}"] = predicted and getattr(predicted, key)
+            shown["call_s"] = call_seconds(predicted, phase)
         return {
             "schema": VERIFICATION_SCHEMA,
             "pipeline": self.plan.pipeline,
@@ -241,6 +274,12 @@ class Verification:
         from pipefit.planner.report import to_text, verification_report
 
         return to_text(verification_report(self))
+
+
+def call_seconds(predicted: PhasePrediction | None, phase: RehearsedPhase) -> float:
+    """Return what a rehearsed phase takes in a call with as many calls of it as were planned."""
+    missing = 0 if predicted is None else predicted.calls - phase.calls
+    return phase.seconds + missing * phase.last_call_s
 
 
 def prediction_json(
@@ -267,4 +306,8 @@ _PLAN_ONLY = (
     "policy",
     "fingerprint",
     "versions",
+    "rehearsal",
+    "not_rehearsed",
 )
+
+_NO_REHEARSAL: Mapping[str, Any] = {"rehearsal": None, "not_rehearsed": ""}

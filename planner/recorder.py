@@ -83,6 +83,11 @@ class _Frame:
         self.value_read = False
         self.remember = True
 
+    def let_go(self, number: int) -> None:
+        """One of its buffers is freed."""
+        del self.live[number]
+        self.alloc_events.pop(number, None)
+
     def alive(self) -> list[Buffer]:
         """Return the buffers of this call that are still in use, oldest first."""
         return [b for b in (ref() for ref in self.live.values()) if b is not None]
@@ -143,8 +148,8 @@ class Entry:
 class Recorder(Observer):
     """Writes the routines of a trace while the pipeline runs."""
 
-    def __init__(self, *, compute_capability: tuple[int, int], remember: bool) -> None:
-        self.machine = VirtualMachine(self, devices=[VirtualDevice(compute_capability)])
+    def __init__(self, devices: Sequence[VirtualDevice], *, remember: bool) -> None:
+        self.machine = VirtualMachine(self, devices=devices)
         self.remember = remember
         self.root = _Frame(None, "", "__call__")
         self.stack: list[_Frame] = []
@@ -196,7 +201,7 @@ class Recorder(Observer):
             self._changed_components.add(owner)
         elif owner is frame:
             frame.events.append(("f", buffer.number))
-            del frame.live[buffer.number]
+            frame.let_go(buffer.number)
         else:
             frame.events.append(("x", len(frame.outside)))
             frame.outside.append((owner, buffer.number))
@@ -245,7 +250,7 @@ class Recorder(Observer):
         caller = self.stack[-1]
         if self._changed_components and caller is self.root:
             self._notice_changed_weights(path.split(".")[0])
-        structure = (self._structure(module), entry) if self.remember else None
+        structure = self._kind(module, entry) if self.remember else None
         given = Given(structure in self._value_dependent)
         key = None
         if self.remember and (caller is self.root or id(module) not in self._with_hooks_below):
@@ -343,7 +348,7 @@ class Recorder(Observer):
     def _outside_number(self, caller: _Frame, owner: _Frame, number: int) -> int:
         """Say in *caller*'s terms which buffer a callee freed."""
         if owner is caller:
-            del caller.live[number]
+            caller.let_go(number)
             return number
         caller.outside.append((owner, number))
         return -len(caller.outside)
@@ -386,6 +391,9 @@ class Recorder(Observer):
             buffer.owner = None  # its free is written down already
             freed.append(weakref.ref(buffer))
         self._note_call(caller, memory.routine, path, tuple(returned), tuple(outside))
+        self._perform(
+            memory.routine, [inputs[i] for i in memory.outside], [buffer_of(t) for t in new]
+        )
         caller.value_read |= memory.value_read
         for index in memory.written:
             inputs[index].value = None
@@ -400,10 +408,17 @@ class Recorder(Observer):
             # Somebody else holds what the remembered call freed: it stays allocated.
             buffer = ref()
             if buffer is not None:
-                caller.events.append(("a", self._own(caller, buffer), buffer.num_bytes))
+                self.allocated(buffer)
         return output
 
+    def _perform(self, routine: int, freed: Sequence[Buffer], made: Sequence[Buffer]) -> None:
+        """Do to the GPU what a remembered call does: nothing here, a trace writes it down."""
+
     # -- signatures
+
+    def _kind(self, module: torch.nn.Module, entry: str) -> Any:
+        """Return what two calls must share besides their arguments to be alike."""
+        return self._structure(module), entry
 
     def _structure(self, module: torch.nn.Module) -> int:
         """Number the structure of *module*: equal numbers compute alike on equal inputs."""
@@ -465,6 +480,9 @@ class Recorder(Observer):
         self.components[name] = module
         for path, part in module.named_modules():
             self._paths.setdefault(id(part), f"{name}.{path}" if path else name)
+        self._own_weights(name, module)
+
+    def _own_weights(self, name: str, module: torch.nn.Module) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if isinstance(tensor, VirtualTensor):
                 buffer_of(tensor).owner = name
@@ -525,6 +543,15 @@ def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[
         torch.nn.Module.__call__ = original  # type: ignore[method-assign]
         for component, name in wrapped:
             component.__dict__.pop(name, None)
+
+
+def has_own_forward(module: torch.nn.Module) -> bool:
+    """Whether something took the place of the class's ``forward``, as the hooks of accelerate and
+    diffusers do."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, _Method):
+        forward = forward.method
+    return forward is not None and getattr(forward, "__self__", None) is not module
 
 
 class _Method:

@@ -3,8 +3,7 @@
 The options are applied to a weightless twin of the pipeline as :mod:`pipefit.planner.apply` does
 it, and the pipeline's own call runs under the hooks of diffusers and accelerate on a
 :class:`~pipefit.planner.stage.Stage`. Nothing of how hooks move weights is assumed; a prediction
-assumes it. Nothing is remembered between equal calls: 60 us an operator, and tiled decoders have
-very many.
+assumes it.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import Placement
 from pipefit.planner.apply import apply_options
 from pipefit.planner.plan import Rehearsal
+from pipefit.planner.rehearsals import REHEARSED_STEPS
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
 from pipefit.planner.stage import Stage
@@ -33,11 +33,6 @@ from pipefit.planner.virtual_tensors import CPU, buffer_of
 from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Imitated, Option
-
-REHEARSED_STEPS = 3
-"""Denoising steps of a rehearsed call: streamed group offload records the order of its groups in
-the first forward, looks ahead in the second, and begins the third with what the second left behind
-(hooks/group_offloading.py, diffusers 0.42.1). Peaks of later steps repeat."""
 
 DISK = "offload_to_disk_path"
 """The parameter of group offload that names a folder."""
@@ -52,19 +47,30 @@ def on_stage(
     links: Sequence[Link] = (),
     timeline: Timeline | None = None,
     prepare: Callable[[Any], Any] = lambda twin: None,
+    is_strict: bool = True,
     in_place: bool = False,
+    remember: bool = True,
 ) -> Iterator[Stage]:
     """Open virtual GPUs with a weightless twin of *pipe*, its weights on the CPU.
 
     *budget_bytes* bounds the process, context included, as
     :func:`pipefit.planner.guard.hold_to_budget` does: on the first GPU, or by the index of each; by
     default what other processes leave. *links* join GPUs; others copy through the host. *timeline*
-    is told what happens when. *prepare* may change the twin first, as a load would have made it.
-    With *in_place* the pipeline's own modules are converted.
+    is told what happens when. If not *is_strict*, cached memory is given back at that bound, but it
+    may be exceeded. *prepare* may change the twin first, as a load would have made it. With
+    *in_place* the pipeline's own modules are converted. With *remember* off every call is executed
+    (slow; for tests).
     """
     gpus = (gpu,) if isinstance(gpu, Gpu) else tuple(gpu)
     budgets = {gpus[0].index: budget_bytes} if isinstance(budget_bytes, int) else budget_bytes
-    stage = Stage(gpus, budgets or {}, links=links, timeline=timeline)
+    stage = Stage(
+        gpus,
+        budgets or {},
+        links=links,
+        timeline=timeline,
+        is_strict=is_strict,
+        remember=remember,
+    )
     with stage.machine, shimmed(), torch.no_grad():
         twin = weightless(pipe, stage.machine, device=CPU, in_place=in_place)
         prepare(twin)
@@ -72,7 +78,7 @@ def on_stage(
             for tensor in (*module.parameters(), *module.buffers()):
                 buffer_of(stage.machine.belonging(tensor)).write()  # a load fills them
         stage.host.forget_peak()  # what was loaded as it is now has never been anything else
-        stage.adopt(twin)
+        stage.adopt_all(twin)
         yield stage
 
 
@@ -85,7 +91,9 @@ def rehearse(
     budget_bytes: int | Mapping[int, int] | None = None,
     links: Sequence[Link] = (),
     timeline: Timeline | None = None,
+    is_strict: bool = True,
     in_place: bool = False,
+    remember: bool = True,
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
@@ -95,7 +103,8 @@ def rehearse(
     those of :func:`on_stage`.
 
     Raises:
-        torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included).
+        torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included); not
+            raised unless *is_strict*, and the peaks say what is missing.
         ApplyFailed: applying does not, or fails otherwise. InvalidRequest, UnsupportedPipeline: as
             :func:`pipefit.planner.apply.apply_options`; InvalidRequest too where a figure of the
             GPU that times need is unknown. TraceError: the call itself fails.
@@ -109,7 +118,9 @@ def rehearse(
             links=links,
             timeline=timeline,
             prepare=functools.partial(_imitate, options),
+            is_strict=is_strict,
             in_place=in_place,
+            remember=remember,
         ) as stage,
         tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
         apply_options(stage.pipe, _on_twin(options, folder), GPU),

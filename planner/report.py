@@ -20,7 +20,7 @@ from rich.text import Text
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.prediction import PhasePrediction, Prediction
 from pipefit.cost_models.units import format_bytes, format_seconds
-from pipefit.planner.plan import Plan, PredictedCall, Verification
+from pipefit.planner.plan import Plan, PredictedCall, Verification, call_seconds
 from pipefit.strategies.strategy import Option
 
 REPORT_WIDTH = 100
@@ -65,6 +65,7 @@ def plan_report(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         _headline(plan.pipeline, plan.call, plan.machine),
         *(_verdict(plan, device.device) for device in plan.prediction.peak_vram),
+        *_rehearsal_line(plan),
         _cost_line(plan.prediction, f"quality {plan.quality.value}"),
         "",
         _phase_table(plan.prediction.phases, budgets),
@@ -116,19 +117,23 @@ def verification_report(verified: Verification) -> RenderableType:
         else f"the budget of {format_bytes(budget_bytes)} does NOT hold: the process needs {peak}",
         style="green" if verified.holds else "red",
     )
-    table = _table(
-        "phase", "component", ">calls", ">predicted", ">allocated", ">predicted", ">reserved",
-        ">to GPU", ">to host",
-    )  # fmt: skip
+    memory = _table("phase", "component", ">predicted", ">allocated", ">predicted", ">reserved")
+    time = _table("phase", "component", ">calls", ">predicted", ">rehearsed", ">to GPU", ">to host")
     for predicted, phase in verified.phases:
-        table.add_row(
+        memory.add_row(
             phase.name,
             phase.component,
-            str(phase.calls),
             format_bytes(predicted.allocated_bytes) if predicted else "",
             format_bytes(phase.allocated_bytes),
             format_bytes(predicted.reserved_bytes) if predicted else "",
             format_bytes(phase.reserved_bytes),
+        )
+        time.add_row(
+            phase.name,
+            phase.component,
+            str(predicted.calls if predicted else phase.calls),
+            format_seconds(predicted.seconds) if predicted else "",
+            format_seconds(call_seconds(predicted, phase)),
             format_bytes(phase.copies.to_gpu_bytes),
             format_bytes(phase.copies.to_host_bytes),
         )
@@ -138,8 +143,8 @@ def verification_report(verified: Verification) -> RenderableType:
         f"Host memory of tensors {format_bytes(rehearsal.host_bytes)}, page-locked "
         f"{format_bytes(rehearsal.pinned_bytes)}; placed before the call "
         f"{format_bytes(rehearsal.placing.to_gpu_bytes)}.",
-        "A call of three denoising steps at most was executed; no clock runs, so record_stream "
-        "shows the most that it may reserve.",
+        "A call of three denoising steps at most was executed: that much was copied, and what more "
+        "steps would take is the last one's time.",
     ]
     notes += [f"torch: {verified.out_of_memory}"] if verified.out_of_memory else []
     notes += [
@@ -150,7 +155,9 @@ def verification_report(verified: Verification) -> RenderableType:
         _headline(plan.pipeline, rehearsal.call, plan.machine),
         verdict,
         "",
-        table,
+        memory,
+        "",
+        time,
         "",
         *(Text(f"· {note}") for note in notes),
     )
@@ -245,6 +252,23 @@ def _verdict(plan: Plan, device: int) -> Text:
         f"(+ {format_bytes(peak.slack_bytes)} slack), budget {format_bytes(budget_bytes)}, "
         f"{format_bytes(abs(left_bytes))} {'left' if fits else 'over'}",
     )
+
+
+def _rehearsal_line(plan: Plan) -> list[RenderableType]:
+    """Say what the rehearsal held beside what was predicted, or why there was none."""
+    if plan.rehearsal is None:
+        reason = plan.not_rehearsed
+        return [Text(f"not rehearsed: {reason}", style="yellow")] if reason else []
+    peak = plan.rehearsal.peak
+    predicted = next(
+        p for p in plan.prediction.phases if (p.component, p.entry) == (peak.component, peak.entry)
+    )
+    return [
+        Text(
+            f"rehearsed: {format_bytes(peak.process_bytes)} in {peak.name}, "
+            f"predicted {format_bytes(predicted.process_bytes)}"
+        )
+    ]
 
 
 def _cost_line(prediction: Prediction, *more: str) -> Text:

@@ -5,6 +5,9 @@ library workspaces and ``empty_cache`` drive the allocator model while they happ
 the clock what the latency model says, copies what the link gives, and the host what it needs to
 issue them. What a reader would get wrong: time decides about memory too, because a block that
 another stream was recorded to use stays reserved until that stream has passed.
+
+A call of a module without hooks at or below it is remembered as in a trace, and done again by doing
+what it did to the GPU, event by event. Hooks are always executed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,12 +39,19 @@ from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 from pipefit.planner.kernels import kernel_of
 from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
-from pipefit.planner.recorder import intercepting
+from pipefit.planner.recorder import TILE_METHODS, Recorder, has_own_forward, intercepting
 from pipefit.planner.timeline import HOST, Timeline
 from pipefit.planner.trace import describe_component, phase_name
-from pipefit.planner.virtual import VirtualDevice, VirtualMachine
+from pipefit.planner.virtual import VirtualDevice
 from pipefit.planner.virtual_host import HostMemory
-from pipefit.planner.virtual_tensors import UNSEEN, Buffer, Copy, Launch, Observer
+from pipefit.planner.virtual_tensors import (
+    UNSEEN,
+    Buffer,
+    Copy,
+    Launch,
+    VirtualTensor,
+    buffer_of,
+)
 from pipefit.strategies.live import module_components
 
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -60,7 +71,9 @@ class _Needs(NamedTuple):
 class StageGpu:
     """One GPU of a stage: its allocator, what libraries took of it, and its rates."""
 
-    def __init__(self, place: int, gpu: Gpu, budget_bytes: int | None) -> None:
+    def __init__(
+        self, place: int, gpu: Gpu, budget_bytes: int | None, *, is_strict: bool = True
+    ) -> None:
         self.place = place
         """Its number on the virtual machine; ``gpu.index`` is that of the machine planned for."""
         self.gpu = gpu
@@ -68,7 +81,9 @@ class StageGpu:
         if budget_bytes is None:
             budget_bytes = gpu.total_bytes - gpu.other_bytes
         self.allocator = CachingAllocator(
-            budget_bytes - self.context_bytes, expandable=gpu.expandable_segments, is_strict=True
+            budget_bytes - self.context_bytes,
+            expandable=gpu.expandable_segments,
+            is_strict=is_strict,
         )
         self.link = link_rates(gpu)
         self.launch_s = launch_seconds(gpu)
@@ -117,7 +132,7 @@ class StageGpu:
         )
 
 
-class Stage(Observer):
+class Stage(Recorder):
     """Virtual GPUs and a weightless pipeline on their host.
 
     Made by :func:`pipefit.planner.rehearse.on_stage`. Budgets and rows of phases go by the index of
@@ -131,17 +146,19 @@ class Stage(Observer):
         *,
         links: Sequence[Link] = (),
         timeline: Timeline | None = None,
+        is_strict: bool = True,
+        remember: bool = True,
     ) -> None:
+        super().__init__(
+            [VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus],
+            remember=remember and len(gpus) == 1,  # events do not say which GPU
+        )
+        self.root.events = deque(maxlen=0)  # nobody reads what is outside of remembered calls
         self.gpus = [
-            StageGpu(place, gpu, budget_bytes.get(gpu.index)) for place, gpu in enumerate(gpus)
+            StageGpu(place, gpu, budget_bytes.get(gpu.index), is_strict=is_strict)
+            for place, gpu in enumerate(gpus)
         ]
         self.links = {frozenset((link.first, link.second)): link for link in links}
-        self.machine = VirtualMachine(
-            self,
-            devices=[
-                VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus
-            ],
-        )
         self.clock = Clock()
         self.timeline = timeline
         self.pipe: Any = None
@@ -152,15 +169,16 @@ class Stage(Observer):
         self.placing_host_bytes = 0
         """Peak of pageable memory before the call."""
         self.disk_bytes = 0
-        self.unknown_reads: dict[str, int] = {}
         self._has_link = math.isfinite(self.gpus[0].link.h2d_pinned_bytes_per_s)
         self._phases: dict[tuple[str, str], list[RehearsedPhase]] = {}
         self._before = self._phase = self._rows("", "", "")
         self._next: list[RehearsedPhase] | None = None
         self._timed: list[RehearsedPhase] | None = None
         self._marked_s = 0.0
-        self._component_of: dict[int, str] = {}
         self._depth = 0
+        self._hooked: dict[int, bool] = {}
+        """Module (by id) -> whether it or one below it has hooks."""
+        self._parts: dict[int, list[torch.nn.Module]] = {}
         self._recorded: dict[Block, set[int]] = {}
 
     @property
@@ -179,15 +197,23 @@ class Stage(Observer):
         return self.gpus[index].allocator
 
     def allocated(self, buffer: Buffer) -> None:
-        place = _place(buffer)
-        buffer.owner = self._take(place, buffer.num_bytes)
-        buffer.number = self.machine.streams[place].number
-
-    def freed(self, buffer: Buffer) -> None:
-        block = buffer.owner
-        if block is None:  # there was no room for it
+        if self._muted:
             return
         place = _place(buffer)
+        buffer.block = self._take(place, buffer.num_bytes)
+        buffer.stream = self.machine.streams[place].number
+        super().allocated(buffer)
+
+    def freed(self, buffer: Buffer) -> None:
+        if buffer.block is None:  # there was no room for it, or a remembered call freed it
+            return
+        if buffer.owner is None:  # older than all frames
+            self._is_unlike()
+        super().freed(buffer)
+        self._give(_place(buffer), buffer.block)
+
+    def _give(self, place: int, block: Block) -> None:
+        """Free *block*, once the streams that were recorded to use it have passed."""
         allocator = self.gpus[place].allocator
         streams = self._recorded.pop(block, None)
         if not streams:
@@ -198,10 +224,12 @@ class Stage(Observer):
         self._note_memory(place)
 
     def recorded(self, buffer: Buffer, stream: Any) -> None:
-        if buffer.owner is not None and stream.number != buffer.number:
-            self._recorded.setdefault(buffer.owner, set()).add(stream.number)
+        self._is_unlike()
+        if buffer.block is not None and stream.number != buffer.stream:
+            self._recorded.setdefault(buffer.block, set()).add(stream.number)
 
     def emptied_cache(self) -> None:
+        self._is_unlike()
         for gpu in self.gpus:
             held_bytes, num_deferred = gpu.allocator.reserved_bytes, gpu.allocator.num_deferred
             gpu.allocator.empty_cache()
@@ -248,12 +276,13 @@ class Stage(Observer):
     def launched(
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> None:
-        if func in CROSSING:
-            source = args[1] if func is CROSSING[0] else args[0]
-            if not source.is_cuda:
-                return
-        made = out[0] if isinstance(out, tuple) else out
-        gpu = self.gpus[made.device.index]
+        made = out if isinstance(out, torch.Tensor) else None
+        if made is None:  # several results, or none: a check of its arguments
+            made = next(t for t in (*(out or ()), *args) if isinstance(t, torch.Tensor))
+        place = made.device
+        if func in CROSSING and place != (args[1] if func is CROSSING[0] else args[0]).device:
+            return
+        gpu = self.gpus[place.index]
         by_place = launch.kernel
         if by_place is UNSEEN:
             by_place = launch.kernel = {}
@@ -261,6 +290,7 @@ class Stage(Observer):
             by_place[gpu.place] = gpu.needs(func, args, kwargs, out)
         needs = by_place[gpu.place]
         if needs is not None:
+            self._note(("k", needs))
             self._launch(gpu, needs)
 
     def _launch(self, gpu: StageGpu, needs: _Needs) -> None:
@@ -282,6 +312,7 @@ class Stage(Observer):
             self.timeline.span(gpu.place, stream, needs.name, span)
 
     def copied(self, copy: Copy) -> None:
+        self._note(("t", copy))
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
         if copy.source is not None and copy.target is not None:
@@ -297,12 +328,20 @@ class Stage(Observer):
             copies.to_host_bytes += copy.num_bytes
             copies.to_host_pinned_bytes += copy.is_pinned * copy.num_bytes
         stream = self.machine.streams[place].number
+        seconds = self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages)
+        is_blocking = copy.is_blocking
+        if not (copy.is_pinned or is_blocking):
+            # "API synchronization behavior" of the CUDA runtime: what is pageable is staged at once
+            # on its way in, without a wait for the stream; on its way out the host waits.
+            if is_in:
+                self.clock.work(seconds)
+                seconds = 0.0
+            is_blocking = not is_in
         span = self.clock.copy(
-            self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages),
+            seconds,
             stream=stream,
             engine=(place, TO_GPU if is_in else TO_HOST),
-            # The driver reads pageable memory while the host waits, whatever it was told.
-            is_blocking=copy.is_blocking or not copy.is_pinned,
+            is_blocking=is_blocking,
         )
         if copy.host is not None and copy.is_pinned and not copy.is_blocking:
             self.host.used(copy.host, span.end_s)
@@ -338,9 +377,11 @@ class Stage(Observer):
     # -- waiting
 
     def synchronised(self, index: int) -> None:
+        self._note(("s", index))
         self.clock.synchronise(self.machine.streams[index].number)
 
     def waited(self, stream: Any) -> None:
+        self._is_unlike()
         if stream is None:
             self.clock.synchronise()
             return
@@ -350,23 +391,29 @@ class Stage(Observer):
             self.clock.work(GROUP_SYNC_S if is_default else GROUP_HOOK_S)
 
     def marked(self, stream: Any) -> float:
+        self._is_unlike()
         return self.clock.record_event(stream.number)
 
     def ordered(self, stream: Any, moment_s: float) -> None:
+        self._is_unlike()
         self.clock.wait(stream.number, moment_s)
 
     def reached(self, moment_s: float) -> None:
+        self._is_unlike()
         self.clock.wait_until(moment_s)
 
     def has_done(self, stream: Any) -> bool:
+        self._is_unlike()
         return self.clock.done_s(stream.number) <= self.clock.host_s
 
     def now_s(self) -> float:
+        self._is_unlike()
         return self.clock.host_s
 
     # -- memory of the host
 
     def host_allocated(self, buffer: Buffer) -> None:
+        self._is_unlike()
         self.host.allocate(buffer, self.clock.host_s)
         if buffer.is_pinned and self._has_link:
             placement = self.placements.get(self._phase[0].component)
@@ -374,15 +421,101 @@ class Stage(Observer):
                 self.clock.work(buffer.num_bytes / pin_bytes_per_s(placement))
 
     def host_freed(self, buffer: Buffer) -> None:
+        self._is_unlike()
         self.host.free(buffer, self.clock.host_s)
 
     def wrote_file(self, num_bytes: int) -> None:
+        self._is_unlike()
         self.disk_bytes += num_bytes
 
     def value_read(self, known: bool, func: Any) -> None:
-        if not known:
+        if known:
+            super().value_read(known, func)
+        else:
+            self._note(("u",))
             where = self._phase[0].component or "the pipeline"
             self.unknown_reads[where] = self.unknown_reads.get(where, 0) + 1
+
+    # -- remembered calls
+
+    def _note(self, event: tuple[Any, ...]) -> None:
+        if self.stack and not self._muted:
+            self.stack[-1].events.append(event)
+
+    def _is_unlike(self) -> None:
+        """The running call does what its events cannot say: it is not remembered."""
+        if self.stack:
+            self.stack[-1].remember = False
+
+    def call(
+        self, module: Any, entry: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if not self.remember:
+            return function(*args, **kwargs)
+        if entry not in TILE_METHODS and self._has_hooks_within(module):
+            self._is_unlike()
+            return function(*args, **kwargs)
+        return super().call(module, entry, function, args, kwargs)
+
+    def _has_hooks_within(self, module: torch.nn.Module) -> bool:
+        found = self._hooked.get(id(module))
+        if found is None:
+            found = has_own_forward(module) or any(map(self._has_hooks_within, module.children()))
+            self._hooked[id(module)] = found
+        return found
+
+    def _kind(self, module: torch.nn.Module, entry: str) -> Any:
+        """Return what makes calls alike, with where the weights are now: hooks move them."""
+        if entry in TILE_METHODS:
+            return super()._kind(module, entry)
+        parts = self._parts.get(id(module))
+        if parts is None:
+            parts = self._parts[id(module)] = list(module.modules())
+        weights = tuple(
+            (tensor.dtype, buffer_of(tensor).device)
+            for part in parts
+            for table in (part._parameters, part._buffers)
+            for tensor in table.values()
+            if type(tensor) is VirtualTensor
+        )
+        return *super()._kind(module, entry), weights
+
+    def _perform(self, routine: int, freed: Sequence[Buffer], made: Sequence[Buffer]) -> None:
+        self._muted = True
+        try:
+            blocks = self._play(routine, [buffer.block for buffer in freed])
+        finally:
+            self._muted = False
+        for buffer in freed:
+            buffer.block = None
+        for buffer, block in zip(made, blocks, strict=True):
+            buffer.block, buffer.stream = block, self.machine.streams[0].number
+
+    def _play(self, routine: int, outside: Sequence[Block]) -> list[Block]:
+        """Do the events of a routine; return the blocks of what it returns."""
+        blocks: dict[int, Block] = {}
+        gpu = self.gpus[0]
+        for event in self.routines[routine].events:
+            kind = event[0]
+            if kind == "a":
+                blocks[event[1]] = self._take(0, event[2])
+            elif kind == "k":
+                self._launch(gpu, event[1])
+            elif kind == "f":
+                self._give(0, blocks.pop(event[1]))
+            elif kind == "c":
+                _, callee, _, returned, freed = event
+                given = [blocks.pop(n) if n >= 0 else outside[-1 - n] for n in freed]
+                blocks.update(zip(returned, self._play(callee, given), strict=True))
+            elif kind == "x":
+                self._give(0, outside[event[1]])
+            elif kind == "t":
+                self.copied(event[1])
+            elif kind == "s":
+                self.synchronised(event[1])
+            else:
+                self.value_read(False, None)
+        return [blocks[n] for n in self.routines[routine].returns]
 
     # -- phases
 
@@ -403,14 +536,15 @@ class Stage(Observer):
     def _call(
         self, module: Any, entry: str, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        component = self._component_of.get(id(module))
-        if component is None or self._depth:
-            return function(*args, **kwargs)
+        path = self._paths.get(id(module))
+        if path is None or self._depth:
+            return self.call(module, entry, function, args, kwargs)
+        component = path.partition(".")[0]
         self._enter(component, entry)
         begin_s = self.clock.host_s
         self._depth += 1
         try:
-            return function(*args, **kwargs)
+            return self.call(module, entry, function, args, kwargs)
         finally:
             self._depth -= 1
             if self.timeline is not None:
@@ -440,12 +574,19 @@ class Stage(Observer):
 
     # -- the call
 
-    def adopt(self, pipe: Any) -> None:
+    def adopt_all(self, pipe: Any) -> None:
         """Make *pipe*, which is virtual, the one that is called."""
         self.pipe = pipe
         for name, module in module_components(pipe).items():
-            for part in module.modules():
-                self._component_of.setdefault(id(part), name)
+            self.adopt(name, module)
+
+    def forget_structures(self) -> None:
+        super().forget_structures()
+        self._hooked.clear()
+        self._parts.clear()
+
+    def _own_weights(self, name: str, module: torch.nn.Module) -> None:
+        """They are no component's: hooks replace them at any time."""
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -455,7 +596,11 @@ class Stage(Observer):
         self.host.forget_peak()
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
-        with intercepting(module_components(self.pipe).values(), self._call):
+        self.forget_structures()
+        with (
+            intercepting(module_components(self.pipe).values(), self._call),
+            self.recording(self.root),
+        ):
             yield
         self._stop_watch()
         self._timed = None

@@ -30,7 +30,7 @@ from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
 from pipefit.planner.recorder import Recorder, intercepting, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
-from pipefit.planner.virtual import VirtualMachine
+from pipefit.planner.virtual import VirtualDevice, VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, VirtualTensor, buffer_of
 
 LEAF_LAYERS = (
@@ -66,6 +66,11 @@ def weightless(
             for tensor in (*part.parameters(), *part.buffers()):
                 if id(tensor) not in memo:
                     memo[id(tensor)] = machine.parameter(tensor, device)
+            for module in part.modules():
+                for tensor in module.__dict__.values():
+                    # weight_norm leaves the weight that it computed: no leaf, not to be copied
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                        memo[id(tensor)] = tensor.detach()
             if not in_place:
                 part = copy.deepcopy(part, memo)
             else:
@@ -189,7 +194,7 @@ def trace(
         TraceError: if the pipeline's own call fails. UnsupportedPipeline: if it needs a package
         that is not installed.
     """
-    recorder = Recorder(compute_capability=compute_capability, remember=remember)
+    recorder = Recorder([VirtualDevice(compute_capability)], remember=remember)
     with recorder.machine, shimmed(), torch.no_grad():
         twin = weightless(pipe, recorder.machine, in_place=in_place)
         prepare(twin)
@@ -222,8 +227,7 @@ def run_call(twin: Any, call: Mapping[str, Any]) -> None:
     Raises:
         TraceError: if it fails; but for memory: ``torch.OutOfMemoryError`` as torch raises it.
     """
-    # Tensors that a user passes (embeddings of another pipeline) are on the GPU.
-    given = {k: v.to(GPU) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    given = {name: _given(value) for name, value in call.items()}
     try:
         twin(**given)
     except (PipefitError, torch.OutOfMemoryError):
@@ -240,6 +244,17 @@ def run_call(twin: Any, call: Mapping[str, Any]) -> None:
             f"{type(twin).__name__} failed while its call was executed without data "
             f"({type(error).__name__}: {error}); check the call's arguments."
         ) from error
+
+
+def _given(value: Any) -> Any:
+    """Return a call argument for use on the virtual machine; the caller's own stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(GPU)  # embeddings of another pipeline are on the GPU
+    if isinstance(value, list):
+        return [_given(v) if hasattr(v, "clone_state") else v for v in value]
+    # Drawing from a generator of the CPU is done for real, and would move it on.
+    is_ours_to_move = not hasattr(value, "clone_state") or value.device.type != "cpu"
+    return value if is_ours_to_move else value.clone_state()
 
 
 def _trace_variant(

@@ -1,8 +1,8 @@
-"""Traces remembered on disk: what took seconds with torch takes a tenth of one without it.
+"""Traces and rehearsals remembered on disk: what took seconds with torch takes a tenth without it.
 
-An entry belongs to everything its trace depends on: what the caller names, the versions of the
-libraries that were executed, and pipefit's own code. A change in any of them is another entry, so
-nothing is ever out of date; entries that nobody asks for any more are the first to go.
+An entry belongs to everything that its making depends on: what the caller names, the versions of
+the libraries that were executed, and pipefit's own code. A change in any of them is another entry,
+so nothing is ever out of date; entries that nobody asks for any more are the first to go.
 
 The cache is never the reason for a failure. A damaged entry is a missing one, and a folder that
 cannot be used is said once on the log. Several processes may share a folder: an entry is written
@@ -24,14 +24,16 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipefit.cost_models.workload import Workload
 from pipefit.cost_models.workload_json import from_json, to_json
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +87,36 @@ def cached_trace(
     *key* is JSON and names all that *make* depends on besides library versions and pipefit's code:
     the catalogue entry or a fingerprint of the pipeline, call, dtype, device, the variants asked.
     """
+    return remembered(
+        key, make, name="workload", to_json=to_json, from_json=from_json, folder=folder
+    )
+
+
+def remembered(
+    key: Mapping[str, Any],
+    make: Callable[[], T],
+    *,
+    name: str,
+    to_json: Callable[[T], Any],
+    from_json: Callable[[Any], T],
+    code: str | None = None,
+    folder: Path | None = None,
+) -> T:
+    """Return the *name* remembered under *key*, else what *make* returns, and remember that.
+
+    *from_json* undoes *to_json*, and raises ValueError for what is not JSON of *to_json*. *code* is
+    a hash of the files that decide what is made; by default those of a trace.
+    """
     folder = folder or traces_folder()
-    identity = _identity(key)
+    identity = _identity(key, code_version() if code is None else code)
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()}{_SUFFIX}"
-    workload = _read(path, identity)
-    if workload is None:
-        workload = make()
-        entry = _packed(identity, workload)
+    made = _read(path, identity, name, from_json)
+    if made is None:
+        made = make()
+        entry = _packed(identity, made, name, to_json, from_json)
         if entry is not None:
             _write(path, entry)
-    return workload
+    return made
 
 
 def cache_info(folder: Path | None = None) -> CacheInfo:
@@ -145,25 +167,35 @@ def traces_folder() -> Path:
 # -- what an entry belongs to
 
 
-def _identity(key: Mapping[str, Any]) -> str:
-    whole = {"key": key, "code": code_version(), "libraries": library_versions()}
+def _identity(key: Mapping[str, Any], code: str) -> str:
+    whole = {"key": key, "code": code, "libraries": library_versions()}
     return json.dumps(whole, sort_keys=True)
 
 
 @functools.cache
 def code_version() -> str:
     """Return a hash of pipefit's files that decide what is in a trace; imports none of them."""
+    return _hash_of(source_files())
+
+
+@functools.cache
+def whole_code_version() -> str:
+    """Return a hash of all of pipefit's files but its public face: rehearsals depend on most."""
+    return _hash_of(source_files(dict.fromkeys(SOURCES, ("*.py",))))
+
+
+def _hash_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in source_files():
+    for path in paths:
         content = path.read_bytes()
         digest.update(f"{path.parent.name}/{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-def source_files() -> tuple[Path, ...]:
-    """Return the files that :data:`SOURCES` names."""
+def source_files(sources: Mapping[str, Sequence[str]] | None = None) -> tuple[Path, ...]:
+    """Return the files that *sources* names by package and pattern; by default :data:`SOURCES`."""
     found = []
-    for package, patterns in SOURCES.items():
+    for package, patterns in (SOURCES if sources is None else sources).items():
         spec = importlib.util.find_spec(package)
         for location in (spec.submodule_search_locations if spec else None) or ():
             found += [path for pattern in patterns for path in Path(location).glob(pattern)]
@@ -183,33 +215,36 @@ def library_versions() -> dict[str, str | None]:
 # -- one entry
 
 
-def _packed(identity: str, workload: Workload) -> bytes | None:
-    """Return the bytes of an entry; None if reading them would not give *workload* back."""
-    content = {"identity": identity, "workload": to_json(workload)}
+def _packed(
+    identity: str,
+    made: T,
+    name: str,
+    to_json: Callable[[T], Any],
+    from_json: Callable[[Any], T],
+) -> bytes | None:
+    """Return the bytes of an entry; None if reading them would not give *made* back."""
+    content = {"identity": identity, name: to_json(made)}
     try:
         text = json.dumps(content, separators=(",", ":"))
     except TypeError as error:
-        logger.warning("The trace of %s is not remembered: %s.", workload.pipeline, error)
+        logger.warning("A %s is not remembered: %s.", name, error)
         return None
-    if from_json(json.loads(text)["workload"]) != workload:
-        logger.warning(
-            "The trace of %s is not remembered: its call or a component's traits are not JSON.",
-            workload.pipeline,
-        )
+    if from_json(json.loads(text)[name]) != made:
+        logger.warning("A %s is not remembered: what it holds of the call is not JSON.", name)
         return None
     body = zlib.compress(text.encode(), DEFLATE_LEVEL)
     return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
-def _unpacked(entry: bytes, identity: str) -> Workload | None:
-    """Return the workload in *entry*; None if it is damaged or does not belong to *identity*."""
+def _unpacked(entry: bytes, identity: str, name: str, from_json: Callable[[Any], T]) -> T | None:
+    """Return what is in *entry*; None if it is damaged or does not belong to *identity*."""
     head, _, body = entry.partition(b"\n")
     if head != _MAGIC + hashlib.sha256(body).hexdigest().encode():
         return None
     try:
         with _without_garbage_collection():
             content = json.loads(zlib.decompress(body))
-            return from_json(content["workload"]) if content["identity"] == identity else None
+            return from_json(content[name]) if content["identity"] == identity else None
     except (zlib.error, ValueError, KeyError, TypeError):
         return None  # whole, but not written by us
 
@@ -226,16 +261,16 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: Path, identity: str) -> Workload | None:
+def _read(path: Path, identity: str, name: str, from_json: Callable[[Any], T]) -> T | None:
     try:
         entry = path.read_bytes()
     except OSError:
         return None  # if it is more than missing, writing will say so
-    workload = _unpacked(entry, identity)
-    if workload is not None:
+    made = _unpacked(entry, identity, name, from_json)
+    if made is not None:
         with suppress(OSError):  # a folder that we may only read
             os.utime(path)  # used last: now
-    return workload
+    return made
 
 
 def _write(path: Path, entry: bytes) -> None:

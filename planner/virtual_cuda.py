@@ -403,7 +403,19 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
             return sdpa(query, key, value, *args, **kwargs)
         return _attention(query, key, value, *args, **kwargs)
 
+    to = torch.Tensor.to
+
+    def move(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        # C++ completes a device without an index, and asks for that a CUDA that is not there.
+        named = {k: _complete(machine, v) for k, v in kwargs.items()}
+        return to(tensor, *(_complete(machine, a) for a in args), **named)
+
+    def to_gpu(tensor: Any, device: Any = None, **kwargs: Any) -> Any:
+        return move(tensor, "cuda" if device is None else device, **kwargs)
+
     table += [
+        (torch.Tensor, "to", move),
+        (torch.Tensor, "cuda", to_gpu),
         (functional, "scaled_dot_product_attention", attention),
         (functional, "rms_norm", functools.partial(_rms_norm, rms_norm)),
         (torch, "Generator", _generator_class(torch.Generator)),
@@ -412,6 +424,11 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
         *machine.disk.replacements(),
     ]
     return table
+
+
+def _complete(machine: Any, argument: Any) -> Any:
+    """Return an argument of ``Tensor.to`` with its index, if it is a device."""
+    return machine.normalise(argument) if isinstance(argument, (str, torch.device)) else argument
 
 
 def _generator_class(original: Any) -> Any:

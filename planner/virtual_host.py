@@ -24,6 +24,7 @@ class HostMemory:
         """With what the allocator keeps for later, which is a peak: none is given back."""
         self._kept: Counter[int] = Counter()
         self._read_by_copies: list[tuple[float, int]] = []
+        self._used_until_s: dict[int, float] = {}
 
     def allocate(self, buffer: Buffer, now_s: float) -> None:
         """Note that *buffer* exists."""
@@ -48,14 +49,16 @@ class HostMemory:
             return
         block_bytes = pinned_bytes(buffer.num_bytes)
         self.pinned_bytes -= block_bytes
-        if buffer.owner is not None and buffer.owner > now_s:
-            self._read_by_copies.append((buffer.owner, block_bytes))
+        until_s = self._used_until_s.pop(id(buffer), 0.0)
+        if until_s > now_s:
+            self._read_by_copies.append((until_s, block_bytes))
         else:
             self._kept[block_bytes] += 1
 
     def used(self, buffer: Buffer, until_s: float) -> None:
         """Note that a copy, for which nobody waits, reads or writes pinned *buffer*."""
-        buffer.owner = max(until_s, buffer.owner or 0.0)
+        key = id(buffer)
+        self._used_until_s[key] = max(until_s, self._used_until_s.get(key, 0.0))
 
     def forget_peak(self) -> None:
         """Begin the pageable peak anew."""

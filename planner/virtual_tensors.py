@@ -144,8 +144,8 @@ class Buffer:
     """The state of one storage: where it is, how large, and its values where they are known."""
 
     __slots__ = (
-        "__weakref__", "device", "is_kept", "is_pinned", "is_written", "machine", "num_bytes",
-        "number", "owner", "value",
+        "__weakref__", "block", "device", "is_kept", "is_pinned", "is_written", "machine",
+        "num_bytes", "number", "owner", "stream", "value",
     )  # fmt: skip
 
     def __init__(
@@ -168,8 +168,11 @@ class Buffer:
         self.value: torch.UntypedStorage | torch.Tensor | None = None
         """The same bytes on the CPU, or the 0-dim tensor that fills it, or None: unknown."""
         self.owner: Any = None
-        """Set by the observer, like *number*; whoever counts this buffer."""
+        """Set by the observer, as are the following: in whose events this buffer is *number*."""
         self.number = -1
+        self.block: Any = None
+        """What an allocator gave for it, in *stream*; None: nothing, or it is given back."""
+        self.stream = -1
         if device is not None:
             if device.type == "cuda":
                 machine.observer.allocated(self)

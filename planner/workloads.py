@@ -256,7 +256,7 @@ def _trace(
 
     key = {
         **source.key,
-        "call": {k: _described(v) for k, v in call.items()},
+        "call": described_call(call),
         "load_options": to_json(tuple(load_options)),
         "compute_capability": gpu.compute_capability,
         "architecture": gpu.architecture,
@@ -307,6 +307,11 @@ def _execute(
     given = {name: workload.call[name] for name in call if name in workload.call}
     versions = {name: found for name, found in library_versions().items() if found}
     return replace(workload, call={**shown, **given}, versions=versions)
+
+
+def described_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *call* as a cache key tells it from others."""
+    return {name: _described(value) for name, value in call.items()}
 
 
 def _described(value: Any) -> Any:

@@ -76,6 +76,7 @@ class GroupOffload:
             "group_offload_supported": bool(getattr(module, "_supports_group_offloading", True)),
             "is_autoencoder": hasattr(module, "decode"),
             "has_block_list": any(_is_block_list(child) for child in module.children()),
+            "has_uncalled_blocks": _has_uncalled_blocks(module),
             "block_modules": _block_modules(module),
             DECLARED_BLOCKS: _declared_blocks(module),
             "is_upcast_by_pipelines": _is_upcast(module),
@@ -209,6 +210,11 @@ def _block_level_refusal(component: Component, parameters: Mapping[str, Any]) ->
     blocks = parameters.get("block_modules") or traits.get("block_modules")
     if traits.get("is_autoencoder") and not blocks:
         return f"{component.class_name} names no blocks, and pipelines call decode, not forward."
+    if traits.get("has_uncalled_blocks"):
+        return (
+            f"{component.class_name} has lists of lists of blocks, of which diffusers would group "
+            "the inner lists, whose hooks never fire: use leaf_level."
+        )
     if parameters.get("use_stream") and _has_nested_recorders(component, parameters):
         # Each level registers its own tracker of the order on the same modules, which raises
         # (LazyPrefetchGroupOffloadingHook.initialize_hook, diffusers 0.42.1).
@@ -252,6 +258,24 @@ def _is_block_list(module: Any) -> bool:
     from torch import nn
 
     return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
+
+
+def _has_uncalled_blocks(module: Any) -> bool:
+    """Whether some block is a container that only passes its own blocks on (Stable Cascade's)."""
+    from torch import nn
+
+    cut = [module, *(part for name in _block_modules(module) if (part := _child(module, name)))]
+    return any(
+        isinstance(block, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in block.parameters())
+        for part in cut
+        for blocks in part.children()
+        if _is_block_list(blocks)
+        for block in blocks
+    )
+
+
+def _child(module: Any, name: str) -> Any:
+    return dict(module.named_children()).get(name)
 
 
 def _declared_blocks(module: Any) -> list[str]:

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from tests.small_pipelines import SMALL_PIPELINES, picture
 
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.memory import PhaseMemory, simulate
+from pipefit.cost_models.prediction import Choice
+from pipefit.cost_models.workload import Workload
+from pipefit.planner.plan import Rehearsal
 from pipefit.planner.trace import describe_component
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.live import module_components
@@ -80,3 +85,24 @@ PLACEMENTS: dict[str, Callable[[Any], list[Option]]] = {
     "blocks, streamed": _by_group(**_BLOCKS, use_stream=True),
 }
 """How every component of a pipeline is placed -> the options for it."""
+
+
+def predicted(
+    found: Workload, options: list[Option], gpu: Gpu
+) -> dict[tuple[str, str], PhaseMemory]:
+    choices = {}
+    for component in found.components:
+        option = next(o for o in options if o.component in (component.name, None))
+        placement = strategy(option.strategy).placement(option.parameters)
+        choices[component.name] = Choice(placement=placement)
+    keys = [(phase.component, phase.entry) for phase in found.phases]
+    return dict(zip(keys, simulate(found, choices, gpu), strict=True))
+
+
+def apart(rehearsal: Rehearsal, prediction: dict[tuple[str, str], PhaseMemory]) -> float:
+    """Return by which share the allocated peaks of a phase differ at most."""
+    assert [(p.component, p.entry) for p in rehearsal.phases] == list(prediction)
+    return max(
+        abs(prediction[p.component, p.entry].allocated_bytes / p.allocated_bytes - 1)
+        for p in rehearsal.phases
+    )

@@ -18,6 +18,8 @@ PLENTY = "8GB"
 
 
 def _plan(pipe: Any, name: str, budget: Any, **asked: Any) -> Plan:
+    # Rehearsed plans are the subject of test_rehearsed_plans.py.
+    asked = {"rehearse": False, **asked}
     made = pipefit.auto_optimize(
         pipe, budget, call=small_call(name), device="cpu", dry_run=True, **asked
     )
@@ -46,7 +48,13 @@ def test_the_picture_is_bit_identical_at_every_budget(name: str) -> None:
         (largest, ["resident"]),
     ):
         with pipefit.auto_optimize(
-            pipe, budget, call=small_call(name), device="cpu", quality="exact", with_=with_
+            pipe,
+            budget,
+            call=small_call(name),
+            device="cpu",
+            quality="exact",
+            with_=with_,
+            rehearse=False,
         ) as applied:
             peak = applied.plan.prediction.peak_vram[0]
             assert peak.process_bytes + peak.slack_bytes <= budget
@@ -95,7 +103,7 @@ def test_sixteen_bits_are_offered_to_a_float32_pipeline_and_taken_back() -> None
     assert high < exact
     before = snapshot(pipe, with_values=True)
     with pipefit.auto_optimize(
-        pipe, high, call=small_call(name), device="cpu", quality="high"
+        pipe, high, call=small_call(name), device="cpu", quality="high", rehearse=False
     ) as applied:
         assert {o.strategy for o in applied.plan.options} >= {"precision"}
         assert next(pipe.unet.parameters()).dtype == torch.bfloat16

@@ -108,6 +108,17 @@ def test_a_device_may_be_torchs_own_object() -> None:
     assert plan.machine.gpus[0].architecture == "cpu"
 
 
+def test_planning_does_not_draw_from_the_callers_generator() -> None:
+    pipe, _ = untouched("flux")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)]
+    states = [generator.get_state() for generator in generators]
+    for given in (generators[0], generators[1:]):
+        call = {**small_call("flux"), "generator": given, "max_sequence_length": 16}
+        api.plan(pipe, "1GB", call=call, machine=api.cpu_machine(), rehearse=False)
+    for generator, state in zip(generators, states, strict=True):
+        assert torch.equal(generator.get_state(), state)
+
+
 @pytest.mark.parametrize("subject", [torch.nn.Linear(2, 2), 7, None])
 def test_what_is_no_pipeline_is_refused(subject: Any) -> None:
     with pytest.raises(pipefit.InvalidRequest) as caught:
@@ -138,14 +149,22 @@ RECORDED = "group_offload:offload_type=leaf_level,use_stream=true,record_stream=
 
 
 @pytest.mark.parametrize(
-    ("machine", "with_"), [(api.cpu_machine(), ()), (CARD, ()), (CARD, (RECORDED,))]
+    ("machine", "with_", "rehearse"),
+    [
+        (api.cpu_machine(), (), False),
+        (CARD, (), False),
+        (CARD, (RECORDED,), False),
+        pytest.param(api.cpu_machine(), (), True, marks=pytest.mark.slow),
+        pytest.param(CARD, (), True, marks=pytest.mark.slow),
+        pytest.param(CARD, (RECORDED,), True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_budget_smaller_than_a_layer_names_the_smallest_that_works(
-    machine: pipefit.Machine, with_: tuple[str, ...]
+    machine: pipefit.Machine, with_: tuple[str, ...], rehearse: bool
 ) -> None:
     pipe, _ = untouched("flux")
     asked: dict[str, Any] = {"call": small_call("flux"), "machine": machine, "with_": with_}
-    asked["quality"] = "exact"
+    asked |= {"quality": "exact", "rehearse": rehearse}
     with pytest.raises(pipefit.NoPlanFits) as caught:
         api.plan(pipe, "4KiB", **asked)
     smallest = caught.value.smallest_budget_bytes

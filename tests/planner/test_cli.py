@@ -180,7 +180,9 @@ def test_a_saved_plan_is_verified_and_a_broken_budget_exits_with_3(capsys, tmp_p
     arguments = ["plan", "sdxl", "--gpu", "rtx-4060", "--vram", "4GB", "--json"]
     assert main([*arguments, "--out", str(file)]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert main(["verify", str(file), "--json"]) == 0
+    timeline = tmp_path / "timeline.json"
+    assert main(["verify", str(file), "--json", "--timeline", str(timeline)]) == 0
+    assert json.loads(timeline.read_text(encoding="utf-8"))["traceEvents"]
     verified = json.loads(capsys.readouterr().out)
     assert verified["holds"]
     assert verified["process_bytes"] <= verified["budget_bytes"]

@@ -11,7 +11,7 @@ from tests.planner.hand_built import MACHINE, PLAN, PREDICTED
 
 from pipefit.cost_models.prediction import DevicePeak, Latency, PhasePrediction, Prediction
 from pipefit.errors import InvalidRequest
-from pipefit.planner.plan import Alternative, Plan
+from pipefit.planner.plan import Alternative, Plan, Rehearsed, RehearsedPeak
 from pipefit.planner.policy import Policy
 from pipefit.strategies.strategy import Option, Quality
 
@@ -72,6 +72,8 @@ plans = from_types(
     quality=st.sampled_from(Quality),
     alternatives=several(from_types(Alternative, options=several(options))),
     versions=st.dictionaries(texts, texts, max_size=2),
+    rehearsal=st.none()
+    | st.builds(Rehearsed, phases=several(from_types(RehearsedPeak)), within_budget=st.booleans()),
 )
 
 
@@ -79,6 +81,13 @@ plans = from_types(
 @given(plan=plans)
 def test_a_plan_survives_json(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_a_plan_saved_before_there_were_rehearsals_is_read() -> None:
+    data = PLAN.to_json()
+    assert data.pop("rehearsal") is None
+    assert data.pop("not_rehearsed") == ""
+    assert Plan.from_json(data) == PLAN
 
 
 def test_the_json_of_a_plan_has_the_keys_of_the_design() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.planner.hand_built import MACHINE, PLAN, PREDICTED
 
 from pipefit.cost_models.units import GIB
+from pipefit.planner.plan import Rehearsed, RehearsedPeak
 from pipefit.planner.report import (
     REPORT_WIDTH,
     catalogue_report,
@@ -56,6 +57,29 @@ def test_a_plan_fits_one_screen() -> None:
 def test_a_plan_over_its_budget_says_so() -> None:
     tight = replace(PLAN, policy=replace(PLAN.policy, budget_bytes={0: 6 * GIB}))
     assert "DOES NOT FIT: GPU 0 peaks at 6.70 GiB in denoise" in to_text(plan_report(tight))
+
+
+def test_a_rehearsal_is_shown_beside_the_prediction_of_its_phase() -> None:
+    assert "rehearsed" not in to_text(plan_report(PLAN))
+    held = RehearsedPeak(
+        name="decode",
+        component="vae",
+        entry="decode",
+        allocated_bytes=6 * GIB,
+        reserved_bytes=6 * GIB,
+        process_bytes=6 * GIB + GIB // 2,
+    )
+    other = replace(held, component="transformer", entry="forward", process_bytes=GIB)
+    checked = replace(PLAN, rehearsal=Rehearsed(phases=(other, held), within_budget=True))
+    lines = to_text(plan_report(checked)).splitlines()
+    assert "rehearsed: 6.50 GiB in decode, predicted 3.00 GiB" in lines
+    assert len(lines) <= 40
+
+
+def test_a_plan_says_why_it_was_not_rehearsed() -> None:
+    plan = replace(PLAN, not_rehearsed="would take about 40 s; `pipefit verify` does it")
+    lines = to_text(plan_report(plan)).splitlines()
+    assert "not rehearsed: would take about 40 s; `pipefit verify` does it" in lines
 
 
 def test_an_alternative_shows_only_what_it_does_differently() -> None:

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.models import StableCascadeUNet
 from tests.strategies.described import ADA, decoding, described
 
 from pipefit.cost_models import placement
@@ -97,6 +98,37 @@ def test_text_encoders_name_the_way_to_their_blocks(
         ("block_level", False),
         *((by_leaf, by_block) * 2 if streams_blocks else (by_leaf, by_leaf)),
     ]
+
+
+def test_lists_of_lists_are_refused_blocks_and_would_fail() -> None:
+    from pipefit.planner.virtual import Observer, VirtualMachine
+    from pipefit.planner.virtual_tensors import CPU as HOST
+
+    parameters = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    small = {"block_out_channels": (8, 8), "down_num_layers_per_block": (1, 1)}
+    module = on_meta(
+        lambda: StableCascadeUNet(
+            conditioning_dim=8,
+            block_types_per_layer=(("SDCascadeResBlock",), ("SDCascadeResBlock",)),
+            up_num_layers_per_block=(1, 1),
+            down_blocks_repeat_mappers=(1, 1),
+            up_blocks_repeat_mappers=(1, 1),
+            num_attention_heads=(0, 1),
+            **small,
+        )
+    )
+    assert "lists of lists" in str(GROUP.refusal(described(module), parameters))
+    assert GROUP.refusal(described(module), {"offload_type": "leaf_level"}) is None
+    with VirtualMachine(Observer()) as machine, torch.no_grad():
+        for part in module.modules():
+            for table in (part._parameters, part._buffers):
+                for key, tensor in table.items():
+                    table[key] = tensor if tensor is None else machine.parameter(tensor, HOST)
+        GROUP.apply(SimpleNamespace(decoder=module), "decoder", parameters, "cuda")
+        noise = torch.empty(1, module.config.in_channels, 16, 16, device="cuda")
+        text = torch.empty(1, 1, module.config.clip_text_pooled_in_channels or 1280, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            module(noise, torch.empty(1, device="cuda"), text)
 
 
 def test_blocks_within_blocks_are_refused_a_stream_and_would_fail() -> None:
