@@ -32,7 +32,7 @@ from pipefit.cost_models.placement import (
     Resident,
     SequentialOffload,
 )
-from pipefit.cost_models.residency import Group, load_order, offload_groups
+from pipefit.cost_models.residency import load_order, offload_groups
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Component
 
@@ -96,15 +96,14 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
     if isinstance(placement, Resident):
         return HostBytes()
     pageable_bytes = 0 if _is_on_disk(placement) else component.weight_bytes
-    if isinstance(placement, ModelOffload | SequentialOffload) or not placement.use_stream:
+    if isinstance(placement, ModelOffload | SequentialOffload):
         return HostBytes(pageable_bytes=pageable_bytes)
-    groups = offload_groups(component, placement)
     if not placement.is_pinned_ahead:
-        staged_bytes = _kept_bytes(_staging_blocks(groups.groups))
+        staged_bytes = _kept_bytes(_staging_blocks(component, placement))
         return HostBytes(pageable_bytes=pageable_bytes, pinned_bytes=staged_bytes)
     return HostBytes(
-        pageable_bytes=groups.unmatched_bytes,
-        pinned_bytes=sum(map(pinned_bytes, _tensor_bytes(groups.groups))),
+        pageable_bytes=offload_groups(component, placement).unmatched_bytes,
+        pinned_bytes=sum(map(pinned_bytes, _pinned_tensors(component, placement))),
     )
 
 
@@ -156,11 +155,11 @@ def host_peak(
     staging: Counter[int] = Counter()
     for component in components:
         placement = placements.get(component.name)
-        if isinstance(placement, GroupOffload) and placement.use_stream:
+        if isinstance(placement, GroupOffload):
             if placement.is_pinned_ahead:
                 pinned[component.name] = host_bytes(component, placement).pinned_bytes
             elif component.name in called:
-                staging |= _staging_blocks(offload_groups(component, placement).groups)
+                staging |= _staging_blocks(component, placement)
 
     for component in sorted(
         (c for c in components if c.name in called),
@@ -217,7 +216,7 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
         return before_bytes, before_bytes
     # What no group streams is neither read nor copied yet.
     groups = offload_groups(component, placement)
-    copied_bytes = sum(map(pinned_bytes, _tensor_bytes(groups.groups)))
+    copied_bytes = sum(map(pinned_bytes, _pinned_tensors(component, placement)))
     rest_bytes = 0 if is_mapped else groups.unmatched_bytes
     # Blocks are all pinned before the first gives up what it was loaded as; leaves one by one, but
     # norms come last, and while they are there, so are all pages of their file.
@@ -257,18 +256,35 @@ def _replaced_bytes(files: Sequence[int]) -> int:
     return peak_bytes
 
 
-def _tensor_bytes(groups: Sequence[Group]) -> list[int]:
+def _pinned_tensors(component: Component, placement: GroupOffload) -> list[int]:
+    """Return the bytes of each tensor that is pinned before the first call.
+
+    A leaf gives up what it was loaded as when it is pinned, so that a later leaf with the same,
+    tied tensor finds it pinned; blocks are all pinned first, each with its own copy
+    (``ModuleGroup._init_cpu_param_dict`` in hooks/group_offloading.py, diffusers 0.42.1).
+    """
+    if placement.offload_type == "leaf_level":
+        return list(load_order(component))
+    groups = offload_groups(component, placement).groups
     return [num_bytes for group in groups for num_bytes in group.tensor_bytes]
 
 
-def _staging_blocks(groups: Sequence[Group]) -> Counter[int]:
-    """Return the pinned blocks that pinning one group at a time leaves in torch's cache, by size.
+def _staging_blocks(component: Component, placement: GroupOffload) -> Counter[int]:
+    """Return the pinned blocks that bringing weights in leaves in torch's cache, by size.
 
-    A freed block is kept for the next request of its size; none is given back.
+    A freed block is kept for the next request of its size; none is given back. Streamed groups are
+    pinned whole, those read from disk as well where the link is slower than the reading. Other
+    files go to the GPU tensor by tensor through page-locked memory (``get_tensor_pinned_cuda`` in
+    bindings/python/src/lib.rs, safetensors 0.8; https://github.com/safetensors/safetensors/pull/760;
+    not before).
     """
+    groups = offload_groups(component, placement)
     blocks: Counter[int] = Counter()
-    for group in groups:
-        blocks |= Counter(map(pinned_bytes, group.tensor_bytes))
+    for group in groups.all:
+        if group.is_streamed:
+            blocks |= Counter(map(pinned_bytes, group.tensor_bytes))
+        elif _is_on_disk(placement):
+            blocks |= Counter(set(map(pinned_bytes, group.tensor_bytes)))
     return blocks
 
 

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import describe_component
-from pipefit.strategies import BUILT_IN, strategy, traits_of
+from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
 from pipefit.strategies.live import device_restorer, hooks_of, module_components
 from pipefit.strategies.strategy import Option, Strategy, Undo
 
@@ -191,6 +191,7 @@ def _check_options(pipe: Any, options: Sequence[Option]) -> None:
     }
     placed: dict[str, Option] = {}
     seen: set[tuple[str, str | None]] = set()
+    on: dict[str, list[Option]] = {}
     for option in options:
         chosen = strategy(option.strategy)
         covered = _covered(chosen, option, tuple(modules))
@@ -198,6 +199,7 @@ def _check_options(pipe: Any, options: Sequence[Option]) -> None:
             raise InvalidRequest(f"{_named(option)} is asked for twice: give it once.")
         seen.add((option.strategy, option.component))
         for name in covered:
+            on.setdefault(name, []).append(option)
             reason = chosen.refusal(described[name], option.parameters)
             if reason:
                 raise InvalidRequest(f"{option.strategy} cannot be used on {name}: {reason}")
@@ -208,6 +210,10 @@ def _check_options(pipe: Any, options: Sequence[Option]) -> None:
                         f"{_named(other)} and {_named(option)} both place the weights of {name}: "
                         "choose one."
                     )
+    for name, together in on.items():
+        reason = conflict_of(together)
+        if reason:
+            raise InvalidRequest(f"On {name}, {reason}")
 
 
 def _covered(chosen: Strategy, option: Option, components: Sequence[str]) -> Sequence[str]:

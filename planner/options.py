@@ -31,7 +31,7 @@ from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Problem, Selection
-from pipefit.strategies import BUILT_IN, strategy
+from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.strategy import Option, Quality, Strategy
 
@@ -162,6 +162,9 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
                     else f"Both {other.strategy} and {one.name} place {component.name}"
                 )
                 raise InvalidRequest(f"{both}: choose one.")
+    reason = conflict_of(list(asked.values()))
+    if reason:
+        raise InvalidRequest(f"On {component.name}, {reason}")
 
 
 class Pricing:
@@ -258,6 +261,7 @@ class Pricing:
             for option, placement in placements
             for parts in combinations
             if not parts or variant_key(component.name, parts) in self.workload.variants
+            if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
         ]
 
     def _unused(self, component: Component) -> Candidate:

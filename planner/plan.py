@@ -197,10 +197,15 @@ class Rehearsal:
     phases: tuple[RehearsedPhase, ...]
     placing: Copies
     """Copied before the call, by applying the options."""
+    placing_host_bytes: int
+    """Peak of tensors in pageable host memory until the call begins: the weights as they were
+    loaded, and what applying the options makes of them. Not the process's other RAM."""
     host_bytes: int
-    """Peak of tensors in pageable host memory, weights included; not the process's other RAM."""
+    """The same from the first call on, with pages of the files that are being read."""
     pinned_bytes: int
-    """Peak of page-locked host memory, each tensor's size rounded up to a power of two."""
+    """Page-locked host memory that torch took and keeps, in blocks of powers of two."""
+    disk_bytes: int
+    """Written by group offloading."""
     context_bytes: int
     """CUDA context of the first GPU, predicted; a budget holds it besides what torch reserves."""
     call: Mapping[str, Any]

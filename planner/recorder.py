@@ -118,7 +118,6 @@ def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
 class Entry:
     """One distinct component call of the pipeline, repeatable."""
 
-    component: str
     entry: str
     args: Any
     kwargs: Any
@@ -280,7 +279,7 @@ class Recorder(Observer):
         routine = self._close(frame, caller)
         if repeatable is not None and routine not in self.entries:
             dtypes = tuple(tensor.dtype for tensor in _weights(module))
-            self.entries[routine] = Entry(path, entry, *repeatable, dtypes)
+            self.entries[routine] = Entry(entry, *repeatable, dtypes)
         if frame.value_read:
             self._value_dependent.add(structure)
         if key is not None and frame.remember and (given.by_value or not frame.value_read):

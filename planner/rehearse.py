@@ -9,9 +9,12 @@ assumes it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +29,13 @@ from pipefit.planner.signatures import GPU
 from pipefit.planner.stage import Stage
 from pipefit.planner.timeline import Timeline
 from pipefit.planner.trace import run_call, weightless
-from pipefit.planner.virtual_tensors import CPU
+from pipefit.planner.virtual_tensors import CPU, buffer_of
 from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
-from pipefit.strategies.strategy import Option
+from pipefit.strategies.strategy import Imitated, Option
+
+DISK = "offload_to_disk_path"
+"""The parameter of group offload that names a folder."""
 
 
 @contextlib.contextmanager
@@ -40,6 +46,7 @@ def on_stage(
     budget_bytes: int | Mapping[int, int] | None = None,
     links: Sequence[Link] = (),
     timeline: Timeline | None = None,
+    prepare: Callable[[Any], Any] = lambda twin: None,
     is_strict: bool = True,
     in_place: bool = False,
     remember: bool = True,
@@ -50,8 +57,9 @@ def on_stage(
     :func:`pipefit.planner.guard.hold_to_budget` does: on the first GPU, or by the index of each; by
     default what other processes leave. *links* join GPUs; others copy through the host. *timeline*
     is told what happens when. If not *is_strict*, cached memory is given back at that bound, but it
-    may be exceeded. With *in_place* the pipeline's own modules are converted. With *remember* off
-    every call is executed (slow; for tests).
+    may be exceeded. *prepare* may change the twin first, as a load would have made it. With
+    *in_place* the pipeline's own modules are converted. With *remember* off every call is executed
+    (slow; for tests).
     """
     gpus = (gpu,) if isinstance(gpu, Gpu) else tuple(gpu)
     budgets = {gpus[0].index: budget_bytes} if isinstance(budget_bytes, int) else budget_bytes
@@ -64,7 +72,13 @@ def on_stage(
         remember=remember,
     )
     with stage.machine, shimmed(), torch.no_grad():
-        stage.adopt_all(weightless(pipe, stage.machine, device=CPU, in_place=in_place))
+        twin = weightless(pipe, stage.machine, device=CPU, in_place=in_place)
+        prepare(twin)
+        for module in module_components(twin).values():
+            for tensor in (*module.parameters(), *module.buffers()):
+                buffer_of(stage.machine.belonging(tensor)).write()  # a load fills them
+        stage.host.forget_peak()  # what was loaded as it is now has never been anything else
+        stage.adopt_all(twin)
         yield stage
 
 
@@ -83,8 +97,10 @@ def rehearse(
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
-    The call is cut to :data:`REHEARSED_STEPS` denoising steps. *pipe* stays as it is unless
-    *in_place*; the other arguments are those of :func:`on_stage`.
+    The call is cut to :data:`REHEARSED_STEPS` denoising steps. What a live pipeline is past
+    (weights quantised as they are loaded) is imitated on the twin, and nothing is written to the
+    disk that *options* may name. *pipe* stays as it is unless *in_place*; the other arguments are
+    those of :func:`on_stage`.
 
     Raises:
         torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included); not
@@ -101,16 +117,42 @@ def rehearse(
             budget_bytes=budget_bytes,
             links=links,
             timeline=timeline,
+            prepare=functools.partial(_imitate, options),
             is_strict=is_strict,
             in_place=in_place,
             remember=remember,
         ) as stage,
-        apply_options(stage.pipe, options, GPU),
+        tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
+        apply_options(stage.pipe, _on_twin(options, folder), GPU),
     ):
         stage.placements = placements_of(options, module_components(stage.pipe))
         with stage.counting():
             run_call(stage.pipe, shortened)
         return stage.rehearsal(shortened)
+
+
+def _is_imitated(option: Option) -> bool:
+    one = strategy(option.strategy)
+    return isinstance(one, Imitated) and not one.goes_on_loaded
+
+
+def _imitate(options: Sequence[Option], twin: Any) -> None:
+    """Do to *twin* what its load would have done, as before a trace."""
+    for option in options:
+        one = strategy(option.strategy)
+        if isinstance(one, Imitated) and _is_imitated(option):
+            one.imitate(twin, str(option.component), option.parameters)
+
+
+def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
+    """Return what there is left to apply, with *folder* in place of those that hold weights."""
+    return [
+        replace(option, parameters={**option.parameters, DISK: folder})
+        if option.parameters.get(DISK)
+        else option
+        for option in options
+        if not _is_imitated(option)
+    ]
 
 
 def placements_of(options: Sequence[Option], components: Iterable[str]) -> dict[str, Placement]:

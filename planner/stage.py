@@ -43,8 +43,8 @@ from pipefit.planner.recorder import TILE_METHODS, Recorder, has_own_forward, in
 from pipefit.planner.timeline import HOST, Timeline
 from pipefit.planner.trace import describe_component, phase_name
 from pipefit.planner.virtual import VirtualDevice
+from pipefit.planner.virtual_host import HostMemory
 from pipefit.planner.virtual_tensors import (
-    CPU,
     UNSEEN,
     Buffer,
     Copy,
@@ -165,8 +165,10 @@ class Stage(Recorder):
         self.placements: Mapping[str, Placement] = {}
         """By component, where known: how weights are page-locked, and what they come back to."""
         self.placing = Copies()
-        self.host_bytes = self.peak_host_bytes = 0
-        self.pinned_bytes = self.peak_pinned_bytes = 0
+        self.host = HostMemory()
+        self.placing_host_bytes = 0
+        """Peak of pageable memory before the call."""
+        self.disk_bytes = 0
         self._has_link = math.isfinite(self.gpus[0].link.h2d_pinned_bytes_per_s)
         self._phases: dict[tuple[str, str], list[RehearsedPhase]] = {}
         self._before = self._phase = self._rows("", "", "")
@@ -341,6 +343,8 @@ class Stage(Recorder):
             engine=(place, TO_GPU if is_in else TO_HOST),
             is_blocking=is_blocking,
         )
+        if copy.host is not None and copy.is_pinned and not copy.is_blocking:
+            self.host.used(copy.host, span.end_s)
         if self.timeline is not None:
             name = "copy to GPU" if is_in else "copy to host"
             self.timeline.span(place, stream, name, span, copy.num_bytes)
@@ -409,24 +413,20 @@ class Stage(Recorder):
     # -- memory of the host
 
     def host_allocated(self, buffer: Buffer) -> None:
-        self._count_host(buffer, 1)
-        self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
-        self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
+        self._is_unlike()
+        self.host.allocate(buffer, self.clock.host_s)
         if buffer.is_pinned and self._has_link:
             placement = self.placements.get(self._phase[0].component)
             if isinstance(placement, GroupOffload):
                 self.clock.work(buffer.num_bytes / pin_bytes_per_s(placement))
 
     def host_freed(self, buffer: Buffer) -> None:
-        self._count_host(buffer, -1)
-
-    def _count_host(self, buffer: Buffer, sign: int) -> None:
         self._is_unlike()
-        if buffer.is_pinned:
-            # CachingHostAllocator rounds up (aten/src/ATen/core/CachingHostAllocator.h, torch 2.13)
-            self.pinned_bytes += sign * (1 << max(0, buffer.num_bytes - 1).bit_length())
-        elif buffer.device == CPU:
-            self.host_bytes += sign * buffer.num_bytes
+        self.host.free(buffer, self.clock.host_s)
+
+    def wrote_file(self, num_bytes: int) -> None:
+        self._is_unlike()
+        self.disk_bytes += num_bytes
 
     def value_read(self, known: bool, func: Any) -> None:
         if known:
@@ -592,6 +592,8 @@ class Stage(Recorder):
     def counting(self) -> Iterator[None]:
         """Cut what is called meanwhile into phases."""
         gc.collect()  # hooks and modules refer to each other
+        self.placing_host_bytes = self.host.peak_pageable_bytes
+        self.host.forget_peak()
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
         self.forget_structures()
@@ -608,8 +610,10 @@ class Stage(Recorder):
         return Rehearsal(
             phases=tuple(row for rows in self._phases.values() for row in rows),
             placing=self.placing,
-            host_bytes=self.peak_host_bytes,
-            pinned_bytes=self.peak_pinned_bytes,
+            placing_host_bytes=self.placing_host_bytes,
+            host_bytes=self.host.peak_pageable_bytes,
+            pinned_bytes=self.host.held_pinned_bytes,
+            disk_bytes=self.disk_bytes,
             context_bytes=self.context_bytes,
             call=dict(call),
             unknown_reads=dict(self.unknown_reads),

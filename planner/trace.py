@@ -269,10 +269,12 @@ def _trace_variant(
     module = recorder.components[component]
     undo = apply_variant(twin, component, parts)
     recorder.forget_structures()
+    # Equal components share routines (the experts of Wan 2.2), whichever of them was called first.
+    own = {e[1] for e in recorder.root.events if e[0] == "c" and _called(e) == component}
     replaced = {}
     try:
         for plain, entry in list(recorder.entries.items()):
-            if entry.component != component:
+            if plain not in own:
                 continue
             args, kwargs = entry.arguments(recorder.machine)
             with (
@@ -301,7 +303,7 @@ def _workload(
     calls = [e for e in recorder.root.events if e[0] == "c"]
     grouped: dict[tuple[str, str], list[int]] = {}
     for ordinal, event in enumerate(calls):
-        component = event[2][1:].split(".")[0]
+        component = _called(event)
         entry = recorder.routines[event[1]].entry
         grouped.setdefault((component, entry), []).append(ordinal)
     phases = tuple(
@@ -334,6 +336,11 @@ def _workload(
         assumptions=assumptions,
         fingerprint=fingerprint(type(pipe).__name__, components),
     )
+
+
+def _called(event: Sequence[Any]) -> str:
+    """Return the component that a call in the pipeline's own frame enters."""
+    return event[2][1:].split(".")[0]
 
 
 def phase_name(component: Component, module: Any, entry: str) -> str:

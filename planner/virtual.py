@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipefit.planner.virtual_cuda import Stream, replaced
+from pipefit.planner.virtual_disk import VirtualDisk
 from pipefit.planner.virtual_layouts import empty_like, output_shapes, suggests_channels_last
 from pipefit.planner.virtual_tensors import (
     CPU,
@@ -90,6 +91,7 @@ class VirtualMachine:
         self.default_streams = [Stream(self, index) for index in range(len(self.devices))]
         self.streams = list(self.default_streams)
         """For each GPU the stream that allocates and computes now."""
+        self.disk = VirtualDisk(self)
         self._mode = _Mode(self)
         self._operators: dict[int, _Operator] = {}
         self._stack: contextlib.ExitStack | None = None
@@ -251,7 +253,7 @@ class VirtualMachine:
             operator.launches[tuple(key)] = launch
         if operator.written:
             return self._in_place(operator, launch, args, kwargs, given, buffers)
-        out = self._materialise(launch.outputs, home)
+        out = self._materialise(launch.outputs, home, is_written=not operator.is_uninitialised)
         if home is not None and home.type == "cuda":
             self.observer.launched(launch, func, args, kwargs, out)
         if operator.fill is not None:
@@ -296,7 +298,7 @@ class VirtualMachine:
                     buffer.device = home
                     if home.type == "cuda":
                         self.observer.allocated(buffer)
-                    else:
+                    elif buffer.is_written:
                         self.observer.host_allocated(buffer)
         return home, buffers
 
@@ -326,11 +328,13 @@ class VirtualMachine:
             out.__class__ = VirtualTensor
         return out
 
-    def _materialise(self, spec: Any, device: torch.device | None) -> Any:
+    def _materialise(
+        self, spec: Any, device: torch.device | None, *, is_written: bool = True
+    ) -> Any:
         if type(spec) is _TensorSpec:
             meta = torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype, device=META)
             state = meta.untyped_storage().__dict__
-            state["buffer"] = Buffer(self, device, spec.num_bytes)
+            state["buffer"] = Buffer(self, device, spec.num_bytes, is_written=is_written)
             meta.__class__ = VirtualTensor
             return meta
         if isinstance(spec, tuple):
@@ -360,7 +364,7 @@ class VirtualMachine:
         on_gpu = False
         for t in _flat(targets):
             if type(t) is VirtualTensor:
-                self.observer.written(buffer_of(t))
+                buffer_of(t).write()
                 on_gpu = on_gpu or t.is_cuda
         if on_gpu:
             self.observer.launched(launch, operator.func, args, kwargs, targets[0])
@@ -471,8 +475,8 @@ class _Operator:
     """What the machine needs to know of an operator, found out once."""
 
     __slots__ = (
-        "argument_names", "composite", "fill", "func", "has_values", "indexes", "launches", "name",
-        "reads_value", "returns_view", "special", "uniform", "written",
+        "argument_names", "composite", "fill", "func", "has_values", "indexes", "is_uninitialised",
+        "launches", "name", "reads_value", "returns_view", "special", "uniform", "written",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -487,15 +491,18 @@ class _Operator:
         changes_geometry = torch.Tag.inplace_view in func.tags
         self.special = _SPECIAL.get(func)
         self.returns_view = (
-            (aliases or changes_geometry) and not self.composite and self.special is None
+            (aliases or changes_geometry or func in _UNMARKED_VIEWS)
+            and not self.composite
+            and self.special is None
         )
         self.written = tuple(
             i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
         )
         self.reads_value = func in _DATA_DEPENDENT
         self.indexes = func in _INDEXING
+        self.is_uninitialised = self.name in _UNINITIALISED
         self.has_values = (
-            torch.Tag.nondeterministic_seeded not in func.tags and self.name not in _UNINITIALISED
+            torch.Tag.nondeterministic_seeded not in func.tags and not self.is_uninitialised
         )
         self.fill = None if schema.overload_name == "Tensor" else _FILLS.get(self.name)
         self.uniform = (
@@ -517,6 +524,10 @@ _DATA_DEPENDENT = {
     aten.repeat_interleave.Tensor,
 }
 _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
+
+_UNMARKED_VIEWS = {aten._unsafe_view.default}
+"""What shares its argument's storage although its schema does not say so: a product of matrices
+ends with it (``_unsafe_view`` in aten/src/ATen/native/TensorShape.cpp, torch 2.13)."""
 
 _UNINITIALISED = {
     "empty",
@@ -697,7 +708,7 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
             f"copy_ from {source.device} to a real {target.device} tensor."
         )
     buffer = buffer_of(target)
-    machine.observer.written(buffer)
+    buffer.write()
     non_blocking = (len(args) > 2 and args[2]) or bool(kwargs.get("non_blocking"))
     value = known_value(source)
     if value is not None and _has_own_values(target) and _all_small((source, target)):
@@ -750,13 +761,15 @@ def _cross(
     ):
         return
     hosts = [t for t in (source, target) if not t.is_cuda]
+    virtual = [buffer_of(t) for t in hosts if isinstance(t, VirtualTensor)]
     machine.observer.copied(
         Copy(
             num_bytes=source.numel() * source.element_size(),
             source=source.device.index if source.is_cuda else None,
             target=target.device.index if target.is_cuda else None,
-            is_pinned=all(isinstance(t, VirtualTensor) and buffer_of(t).is_pinned for t in hosts),
+            is_pinned=len(virtual) == len(hosts) and all(b.is_pinned for b in virtual),
             is_blocking=bool(hosts) and not non_blocking,
+            host=virtual[0] if virtual else None,
         )
     )
 

@@ -421,6 +421,7 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
         (torch, "Generator", _generator_class(torch.Generator)),
         (torch, "tensor", functools.partial(_new_tensor, machine, torch.tensor)),
         (torch, "as_tensor", functools.partial(_new_tensor, machine, torch.as_tensor)),
+        *machine.disk.replacements(),
     ]
     return table
 

@@ -38,6 +38,8 @@ class Copy(NamedTuple):
     """The host's side is page-locked, where there is one."""
     is_blocking: bool
     """The host waits until it is done."""
+    host: Buffer | None = None
+    """The host's side, where that is virtual."""
 
 
 class Observer:
@@ -98,6 +100,10 @@ class Observer:
 
     def written(self, buffer: Buffer) -> None: ...
 
+    def wrote_file(self, num_bytes: int) -> None: ...
+
+    def read_file(self, num_bytes: int) -> None: ...
+
 
 class Launch:
     """One operator on one geometry: what it returns, and what an observer derives of it."""
@@ -138,8 +144,8 @@ class Buffer:
     """The state of one storage: where it is, how large, and its values where they are known."""
 
     __slots__ = (
-        "__weakref__", "block", "device", "is_kept", "is_pinned", "machine", "num_bytes", "number",
-        "owner", "stream", "value",
+        "__weakref__", "block", "device", "is_kept", "is_pinned", "is_written", "machine",
+        "num_bytes", "number", "owner", "stream", "value",
     )  # fmt: skip
 
     def __init__(
@@ -148,6 +154,7 @@ class Buffer:
         device: torch.device | None,
         num_bytes: int,
         is_pinned: bool = False,
+        is_written: bool = True,
     ) -> None:
         self.machine = machine
         self.device = device
@@ -156,6 +163,8 @@ class Buffer:
         self.is_kept = False
         """A module's: stays virtual on the CPU as well, so that it can come back in place."""
         self.is_pinned = is_pinned
+        self.is_written = is_written
+        """False for host memory that nobody has touched, of which the kernel gives no page yet."""
         self.value: torch.UntypedStorage | torch.Tensor | None = None
         """The same bytes on the CPU, or the 0-dim tensor that fills it, or None: unknown."""
         self.owner: Any = None
@@ -167,15 +176,23 @@ class Buffer:
         if device is not None:
             if device.type == "cuda":
                 machine.observer.allocated(self)
-            else:
+            elif is_written:
                 machine.observer.host_allocated(self)
 
     def __del__(self) -> None:
         if self.device is not None:
             if self.device.type == "cuda":
                 self.machine.observer.freed(self)
-            else:
+            elif self.is_written:
                 self.machine.observer.host_freed(self)
+
+    def write(self) -> None:
+        """Note that an operator writes to it."""
+        if not self.is_written:
+            self.is_written = True
+            if self.device is not None and self.device.type != "cuda":
+                self.machine.observer.host_allocated(self)
+        self.machine.observer.written(self)
 
 
 class VirtualTensor(torch.Tensor):

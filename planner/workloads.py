@@ -22,7 +22,7 @@ from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
-from pipefit.strategies import BUILT_IN, strategy, traits_of
+from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
@@ -91,6 +91,10 @@ def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
                     raise InvalidRequest(f"Strategy {one.name} cannot go on {name}: {refusal}")
                 if not refusal and not _is_so_already(named[name], option):
                     found.append(replace(option, component=name))
+    for name in named:
+        reason = conflict_of([option for option in found if option.component == name])
+        if reason:
+            raise InvalidRequest(f"On {name}, {reason}")
     return tuple(found)
 
 

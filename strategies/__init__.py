@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipefit.errors import UnknownName
@@ -14,7 +15,7 @@ from pipefit.strategies.precision import Precision
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
-from pipefit.strategies.strategy import Option, Quality, Strategy
+from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
 
@@ -56,9 +57,20 @@ def quality_of(option: Option) -> Quality:
     return one.quality_of(option.parameters) if isinstance(one, Quantization) else one.quality
 
 
+def conflict_of(options: Sequence[Option]) -> str | None:
+    """Say which two of *options*, all on one component, rule each other out; None where none do."""
+    for option in options:
+        one = strategy(option.strategy)
+        for other in options if isinstance(one, Choosy) else ():
+            reason = one.conflict(option.parameters, other)
+            if reason:
+                return f"{option.strategy} cannot be used with {other.strategy}: {reason}"
+    return None
+
+
 def traits_of(module: Any) -> dict[str, Any]:
     """Return what all strategies together ask a live module, for ``Component.traits``."""
     return {key: value for one in BUILT_IN for key, value in one.traits(module).items()}
 
 
-__all__ = ["BUILT_IN", "quality_of", "strategy", "traits_of"]
+__all__ = ["BUILT_IN", "conflict_of", "quality_of", "strategy", "traits_of"]

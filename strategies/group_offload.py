@@ -29,7 +29,7 @@ from pipefit.strategies.live import (
     tensor_slots,
 )
 from pipefit.strategies.parameters import not_a_flag, unknown_parameter
-from pipefit.strategies.strategy import Kind, Quality, Undo
+from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 
 PARAMETERS = (
     "offload_type",
@@ -120,6 +120,9 @@ class GroupOffload:
             return f"{name} says that it does not support group offloading."
         if traits.get("is_autoencoder") and traits.get("has_own_batch_norm"):
             return f"{name} keeps batch statistics that pipelines read without calling it."
+        quantized = _quantized_refusal(component, parameters)
+        if quantized:
+            return quantized
         if parameters.get("record_stream") and not parameters.get("use_stream"):
             return "record_stream needs use_stream=true."
         if traits.get("is_upcast_by_pipelines") and (
@@ -129,6 +132,12 @@ class GroupOffload:
         if parameters.get("offload_type", "block_level") == "leaf_level":
             return _leaf_level_refusal(component, parameters)
         return _block_level_refusal(component, parameters)
+
+    def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
+        """safetensors writes no weights that are laid out otherwise than in rows."""
+        if parameters.get("offload_to_disk_path") and other.strategy == "channels_last":
+            return "safetensors does not write weights in that layout to the disk."
+        return None
 
     def placement(self, parameters: Mapping[str, Any]) -> placement.Placement:
         """The same parameters as data."""
@@ -160,6 +169,22 @@ class GroupOffload:
                 undo.callback(read_back_groups, module)
             _enable(module, arguments)
             return undo.pop_all().close
+
+
+def _quantized_refusal(component: Component, parameters: Mapping[str, Any]) -> str | None:
+    """Refuse what loses quantised weights: diffusers issues 12610, 14038 and 14433; for torchao's
+    on disk see ``_check_disk_offload_torchao`` in hooks/group_offloading.py, diffusers 0.42.1."""
+    backend = component.traits.get("quantized_by")
+    if backend == "quanto":
+        return f"{component.class_name} is quantised by quanto, which loses the weights in groups."
+    if backend == "torchao" and (
+        parameters.get("use_stream") or parameters.get("offload_to_disk_path")
+    ):
+        return (
+            f"{component.class_name} is quantised by torchao, whose weights survive neither "
+            "streams nor the disk: use groups without."
+        )
+    return None
 
 
 def _leaf_level_refusal(component: Component, parameters: Mapping[str, Any]) -> str | None:
@@ -215,15 +240,18 @@ def _as_placement(parameters: Mapping[str, Any]) -> placement.GroupOffload:
 
 
 def _is_upcast(module: Any) -> bool:
-    """Whether pipelines may cast the module to float32 during a call (StableDiffusionXLPipeline).
+    """Whether pipelines may cast the module to float32 during a call.
 
-    ``force_upcast`` is the sign, though of AutoencoderKL's users only SDXL's heed it.
+    ``force_upcast`` is the sign, though of AutoencoderKL's users only SDXL's heed it; those that
+    read a picture whatever 16-bit dtype it has (``prepare_latents`` in
+    pipeline_stable_diffusion_xl_img2img.py, diffusers 0.42.1).
     """
     import torch
 
     config = getattr(module, "config", None)
     dtypes = {parameter.dtype for parameter in module.parameters()}
-    return bool(getattr(config, "force_upcast", False)) and torch.float16 in dtypes
+    is_half = not dtypes.isdisjoint((torch.float16, torch.bfloat16))
+    return bool(getattr(config, "force_upcast", False)) and is_half
 
 
 def _is_block_list(module: Any) -> bool:

@@ -31,7 +31,7 @@ from pipefit.strategies.live import (
     wanted_in_float32,
 )
 from pipefit.strategies.parameters import unknown_parameter
-from pipefit.strategies.strategy import Kind, Quality, Undo
+from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 
 STORAGE_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -47,6 +47,7 @@ class LayerwiseCasting:
     name: str = "layerwise_casting"
     kind: Kind = "load"
     quality: Quality = Quality.BALANCED
+    goes_on_loaded: bool = True
 
     def traits(self, module: Any) -> dict[str, Any]:
         """None: the module tree says which layers the library would cast."""
@@ -69,11 +70,17 @@ class LayerwiseCasting:
                 return f"layerwise_casting:{key} is one of {', '.join(known)}, but was {given!r}."
         if not any(module.is_leaf_layer for module in component.modules):
             return f"{component.class_name} has no layer that could be stored in 8 bits."
-        if component.traits.get("force_upcast") and component.traits.get("dtype") == "float16":
+        if component.traits.get("force_upcast"):
             return (
-                f"{component.class_name} overflows in float16 (force_upcast in its config), and "
-                "the float32 that the pipeline casts it to would be cast back by the hooks."
+                f"{component.class_name} is cast to float32 and back by pipelines that read or "
+                "write pictures (force_upcast in its config), which undoes the cast to 8 bits."
             )
+        return None
+
+    def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
+        """Weights that a quantiser has packed are no floats to cast."""
+        if other.strategy == "quantization":
+            return "the weights are stored in few bits already."
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> None:

@@ -71,6 +71,7 @@ class Quantization:
     name: str = "quantization"
     kind: Kind = "load"
     quality: Quality = Quality.BALANCED
+    goes_on_loaded: bool = False
 
     def quality_of(self, parameters: Mapping[str, Any]) -> Quality:
         """Low where weights have fewer than eight bits; what is refused is of the best level."""

@@ -95,11 +95,25 @@ class Strategy(Protocol):
 
 
 @runtime_checkable
+class Choosy(Protocol):
+    """A strategy that some others on the same component rule out, though each is possible."""
+
+    def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
+        """Why it cannot be had together with *other*, one sentence; None: it can."""
+        ...
+
+
+@runtime_checkable
 class Imitated(Protocol):
     """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
 
     Such a strategy is only ever asked for; its ``options`` are empty.
     """
+
+    @property
+    def goes_on_loaded(self) -> bool:
+        """Whether a pipeline that is loaded already can be given it, by ``apply``."""
+        ...
 
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
         """Give the twin's component the tensors, and each call the allocations, that it causes."""

@@ -252,7 +252,7 @@ def test_undoing_leaves_the_twin_as_it_was(placement: str) -> None:
         with apply_options(stage.pipe, PLACEMENTS[placement](pipe), GPU), stage.counting():
             stage.pipe(**small_call("stable_diffusion_xl"))
         assert differences(before, snapshot(stage.pipe)) == ()
-        assert stage.pinned_bytes == 0
+        assert stage.host.pinned_bytes == 0
         weights_bytes = stage.allocator.allocated_bytes
     assert weights_bytes < 10 * MIB  # cuBLAS keeps its workspace
 

@@ -12,7 +12,6 @@ from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import small_call
 
 import pipefit
-from pipefit.errors import InvalidRequest
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.snapshot import differences, snapshot
@@ -218,5 +217,5 @@ def test_a_budget_for_several_gpus_says_that_one_is_used() -> None:
 @pytest.mark.slow
 def test_model_offload_is_refused_where_a_class_orders_it_in_its_own_way() -> None:
     machine = reference_machine(["rtx-4060"])
-    with pytest.raises(InvalidRequest, match="model_cpu_offload_seq"):
+    with pytest.raises(pipefit.InvalidRequest, match="model_cpu_offload_seq"):
         pipefit.predict("audioldm2", ["model_offload"], machine=machine)

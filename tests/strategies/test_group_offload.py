@@ -147,11 +147,13 @@ def test_blocks_within_blocks_are_refused_a_stream_and_would_fail() -> None:
         GROUP.apply(pipe, "text_encoder", parameters, "cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_decoder_may_be_streamed_unless_pipelines_cast_it(dtype: torch.dtype) -> None:
     module = on_meta(diffusers.AutoencoderKL).to(dtype)
     refused = GROUP.refusal(described(module), {"offload_type": "leaf_level", "use_stream": True})
-    assert bool(refused) == (dtype == torch.float16)
+    assert bool(refused) == (dtype != torch.float32)
+    steady = on_meta(lambda: diffusers.AutoencoderKL(force_upcast=False)).to(dtype)
+    assert not GROUP.refusal(described(steady), {"offload_type": "leaf_level", "use_stream": True})
 
 
 def flux() -> Any:

@@ -108,8 +108,10 @@ def test_a_head_that_is_tied_to_the_embedding_is_left_alone() -> None:
 
 def test_an_autoencoder_that_is_cast_to_float32_and_back_is_refused() -> None:
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), force_upcast=True)
-    assert "overflows in float16" in str(CASTING.refusal(described(vae.half()), {}))
-    assert CASTING.refusal(described(vae.bfloat16()), {}) is None
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert "undoes the cast" in str(CASTING.refusal(described(vae.to(dtype)), {}))
+    steady = diffusers.AutoencoderKL(block_out_channels=(32,), force_upcast=False)
+    assert CASTING.refusal(described(steady), {}) is None
 
 
 def test_a_failure_half_way_leaves_the_weights_as_they_were() -> None:
