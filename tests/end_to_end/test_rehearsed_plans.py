@@ -93,7 +93,9 @@ def test_what_breaks_the_budget_in_its_rehearsal_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     resident = promised_bytes(made("1GB", rehearse=False, with_=["resident"]))
-    budget_bytes = resident * 3 // 4
+    with pytest.raises(pipefit.NoPlanFits) as caught:
+        made(2048, rehearse=False)
+    budget_bytes = (resident + caught.value.smallest_budget_bytes["exact"]) // 2
     plain = made(budget_bytes, rehearse=False)
     assert [option.strategy for option in plain.options] == ["model_offload"]
     monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))  # nobody else may read these rehearsals
