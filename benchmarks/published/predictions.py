@@ -61,15 +61,18 @@ class Predicted:
     def peak(self, kind: Kind, counts: Callable[[str], bool] = lambda phase: True) -> int:
         """Return the highest of the phases that count, in bytes; loading is one called load."""
         peak_bytes = max(getattr(p, f"{kind}_bytes") for p in self.phases if counts(p.name))
-        if not self.loading_bytes or not counts(LOAD):
-            return peak_bytes
-        outside_bytes = self.context_bytes if kind == "process" else 0
-        return max(peak_bytes, self.loading_bytes + outside_bytes)
+        return max(peak_bytes, self._loading_peak(kind)) if counts(LOAD) else peak_bytes
 
-    def peak_phase(self) -> str:
-        """Return the name of the phase in which most is allocated."""
-        worst = max(self.phases, key=lambda p: p.allocated_bytes)
-        return LOAD if self.loading_bytes > worst.allocated_bytes else worst.name
+    def peak_phase(self, kind: Kind = "allocated") -> str:
+        """Return the name of the phase in which *kind* is highest."""
+        peaks = [(getattr(p, f"{kind}_bytes"), p.name) for p in self.phases]
+        num_bytes, name = max(peaks, key=lambda peak: peak[0])
+        return LOAD if self._loading_peak(kind) > num_bytes else name
+
+    def _loading_peak(self, kind: Kind) -> int:
+        if not self.loading_bytes:
+            return 0
+        return self.loading_bytes + (self.context_bytes if kind == "process" else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +198,7 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     )
     is_off = abs(row.error) > OUTLIER
     notes = [explanation(record, is_compiled=row.is_compiled)] if is_off else []
-    if predicted.peak_phase() == LOAD and phases_of(record)(LOAD):
+    if predicted.peak_phase(kind) == LOAD and phases_of(record)(LOAD):
         notes.insert(0, LOADING)
     notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
     return replace(row, note="; ".join(note for note in notes if note))

@@ -318,6 +318,8 @@ def test_loading_counts_unless_the_figure_is_of_a_part_of_the_call() -> None:
     assert loaded.peak("process", whole) == denoise.process_bytes + 1 + 5
     assert loaded.peak("allocated", part) == denoise.allocated_bytes
     assert loaded.peak_phase() == LOAD
+    assert found(denoise.allocated_bytes + 1).peak_phase("allocated") == LOAD
+    assert found(denoise.allocated_bytes + 1).peak_phase("process") == denoise.name
     less = found(denoise.allocated_bytes - 1)
     assert less.peak("allocated", whole) == denoise.allocated_bytes
     assert less.peak_phase() == denoise.name
