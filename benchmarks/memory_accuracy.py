@@ -73,6 +73,10 @@ def page(rows: Sequence[Row], left_out: Sequence[LeftOut], seconds: float) -> st
     compiled = [row for row in rows if row.is_compiled and row.predicted_gib is not None]
     num_missing = sum(row.predicted_gib is None for row in rows)
     num_within = sum(abs(row.error) <= OUTLIER for row in compiled)
+    under = [row.error for row in compiled if row.error < -OUTLIER]
+    are_under = f"{len(under)} are more than that under"
+    if under:
+        are_under += f" ({max(under):+.1%} to {min(under):+.1%})"
     return f"""\
 # How well memory is predicted
 
@@ -88,7 +92,7 @@ of records that are predicted too low.
 
 Not in these figures: {num_missing} records that cannot be asked, each with the reason, and {len(compiled)} whose
 peak is that of a component under `torch.compile` (‡), which pipefit does not predict; {num_within} of them
-are within {OUTLIER:.0%} of the eager prediction all the same.
+are within {OUTLIER:.0%} of the eager prediction all the same, and {are_under}.
 
 † the record's own weights and the predicted growth, because how they are stored is not modelled.
 

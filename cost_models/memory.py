@@ -35,6 +35,7 @@ from pipefit.cost_models.residency import (
     sequential_groups,
     sequential_resident_bytes,
 )
+from pipefit.cost_models.storage import QUANTISED_ON_GPU
 from pipefit.cost_models.timeline import Outcome, RoutinePeak, Timeline
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.cost_models.workspace import cublas_bytes
@@ -119,6 +120,19 @@ class MemoryModel:
         ]
         self._groups: dict[tuple[str, Placement], Groups] = {}
         self._streamed_outcomes: dict[object, Outcome] = {}
+
+    def loading_bytes(self) -> int:
+        """Return the weights on the GPU once all components are loaded and none is placed yet.
+
+        ``from_pretrained`` loads them all before it returns, so that what its loader quantises on
+        the GPU is there together, whatever is offloaded afterwards. The layer that is being
+        quantised, for a moment there unquantised too, is not counted.
+        """
+        return sum(
+            self._weight_bytes[component.name]
+            for component in self.workload.components
+            if component.traits.get("quantized_by") in QUANTISED_ON_GPU
+        )
 
     def activation_peak(self, routine: int) -> RoutinePeak:
         """Return the peak of one call of *routine* above what is alive when it begins."""

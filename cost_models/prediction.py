@@ -38,7 +38,7 @@ class PhasePrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePeak:
-    """The largest phase of one device."""
+    """The largest phase of one device, or loading, where that needs more."""
 
     device: int
     allocated_bytes: int
@@ -47,6 +47,8 @@ class DevicePeak:
     context_bytes: int
     slack_bytes: int
     """Kept in hand for fragmentation, above ``process_bytes``; a plan's budget holds both."""
+    loading_bytes: int = 0
+    """Weights that lie on the device together once all is loaded and nothing placed yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

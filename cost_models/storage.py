@@ -43,6 +43,15 @@ FLOAT6_INPUTS, FLOAT6_OUTPUTS = 64, 256
 (quantization/quant_api.py, torchao 0.7)."""
 
 
+QUANTISED_ON_GPU = ("bitsandbytes",)
+"""Backends whose loaders put a component onto the GPU to quantise it, where no device map is given.
+
+``update_device_map`` in quantizers/bitsandbytes/bnb_quantizer.py of diffusers 0.42.1 and in
+quantizers/quantizer_bnb_4bit.py and _8bit.py of transformers 5; torchao's, quanto's and GGUF's
+quantizers there leave the map alone, and the component on the host.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """One tensor that takes part in storing a weight."""

@@ -376,16 +376,18 @@ class Pricing:
             stored_bytes=self._stored_bytes(),
         )
         worst = max(peaks, key=lambda p: p.promised_bytes)
-        process_bytes = max(p.process_bytes for p in peaks)
+        loading_bytes = self.memory.loading_bytes()
+        process_bytes = max(loading_bytes + worst.context_bytes, *(p.process_bytes for p in peaks))
         return Prediction(
             peak_vram=(
                 DevicePeak(
                     device=device,
-                    allocated_bytes=max(p.allocated_bytes for p in peaks),
-                    reserved_bytes=max(p.reserved_bytes for p in peaks),
+                    allocated_bytes=max(loading_bytes, *(p.allocated_bytes for p in peaks)),
+                    reserved_bytes=max(loading_bytes, *(p.reserved_bytes for p in peaks)),
                     process_bytes=process_bytes,
                     context_bytes=worst.context_bytes,
-                    slack_bytes=worst.promised_bytes - process_bytes,
+                    slack_bytes=max(0, worst.promised_bytes - process_bytes),
+                    loading_bytes=loading_bytes,
                 ),
             ),
             phases=tuple(phases),
@@ -393,7 +395,11 @@ class Pricing:
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
             disk_bytes=host.disk_bytes,
-            assumptions=(*self.workload.assumptions, *_host_notes(host)),
+            assumptions=(
+                *self.workload.assumptions,
+                *_loading_notes(loading_bytes),
+                *_host_notes(host),
+            ),
         )
 
     def _stored_bytes(self) -> dict[str, int]:
@@ -441,6 +447,15 @@ class Pricing:
                 attention=attention_of(parts),
             )
         return picks
+
+
+def _loading_notes(loading_bytes: int) -> tuple[str, ...]:
+    if not loading_bytes:
+        return ()
+    return (
+        f"{format_bytes(loading_bytes)} of weights are quantised on the GPU and lie there together "
+        "once the pipeline is loaded, until an offload takes them away.",
+    )
 
 
 def _host_notes(host: HostPeak) -> tuple[str, ...]:

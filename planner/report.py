@@ -92,6 +92,7 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
                 f"(+ {format_bytes(peak.slack_bytes)} slack), "
                 f"{format_bytes(peak.reserved_bytes)} reserved, "
                 f"{format_bytes(peak.allocated_bytes)} allocated"
+                + (f", {format_bytes(peak.loading_bytes)} by loading" if peak.loading_bytes else "")
             )
             for peak in predicted.peak_vram
         ),

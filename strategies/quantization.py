@@ -171,24 +171,13 @@ class Quantization:
                     part._modules[name] = QuantizedLinear(child, stored, backend, type_)
 
     def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
-        """Where loading needs more than running: on the host, and with bitsandbytes on the GPU.
-
-        Without a device map diffusers loads such a component onto the GPU, whatever is offloaded
-        afterwards (``update_device_map`` in quantizers/bitsandbytes/bnb_quantizer.py, 0.42.1).
-        """
-        backend = parameters["backend"]
-        if backend == "gguf":  # the file is as small as the weights
+        """Where loading needs more than running on the host; the GPU's loading is predicted."""
+        if parameters["backend"] == "gguf":  # the file is as small as the weights
             return ""
         stored, read = format_bytes(after.weight_bytes), format_bytes(before.weight_bytes)
-        said = (
-            f"Host RAM is predicted for a {after.name} stored in {stored} of files; quantising it "
-            f"while it loads reads {read}"
-        )
-        if backend != "bitsandbytes":
-            return f"{said}."
         return (
-            f"{said}, and bitsandbytes does so on the GPU, where it stays until an offload takes "
-            "it away; the peak of loading is not counted."
+            f"Host RAM is predicted for a {after.name} stored in {stored} of files; quantising it "
+            f"while it loads reads {read}."
         )
 
 

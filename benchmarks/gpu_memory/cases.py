@@ -51,8 +51,14 @@ CONFIGURATIONS = (
     "block-stream",
     "block",
     "leaf-record-stream",
+    "compile-default",
+    "compile-max-autotune",
 )
-"""Names that :func:`benchmarks.gpu_memory.pipelines.options_of` turns into options."""
+"""Names that :func:`benchmarks.gpu_memory.pipelines.options_of` turns into options; of those that
+compile, resident ones."""
+
+COMPILE_S = {"compile-default": 60.0, "compile-max-autotune": 240.0}
+"""Seconds that compiling a denoiser and a decoder is allowed for; guessed, no run is known."""
 
 PIPELINES_PER_CONFIGURATION = 3
 """How many pipelines the next configuration trails behind; with 3, the first pipeline has three
@@ -140,7 +146,9 @@ def pipeline_cases() -> list[Case]:
 
 
 def _pipeline_case(name: str, call: Mapping[str, Any], configuration: str) -> Case:
-    moves = 0 if configuration in ("resident", "tiling", "channels-last") else 1
+    compile_s = COMPILE_S.get(configuration, 0.0)
+    is_still = compile_s or configuration in ("resident", "tiling", "channels-last")
+    moves = 0 if is_still else 1
     return Case(
         key=f"pipeline {name} {configuration}",
         kind="pipeline",
@@ -149,7 +157,7 @@ def _pipeline_case(name: str, call: Mapping[str, Any], configuration: str) -> Ca
             "configuration": configuration,
             "call": {**call, "num_inference_steps": NUM_STEPS},
         },
-        estimate_s=START_S + CALL_S + moves * weight_bytes(name) / FILL_BYTES_PER_S,
+        estimate_s=START_S + CALL_S + compile_s + moves * weight_bytes(name) / FILL_BYTES_PER_S,
         batch=f"pipeline {name} {configuration}",
     )
 

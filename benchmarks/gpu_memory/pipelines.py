@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from benchmarks.gpu_memory.counters import Counter
 from benchmarks.gpu_memory.phases import PhaseMeter
@@ -54,6 +55,9 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True},
 }
 """Parameters of group offloading by configuration."""
+
+COMPILE_MODES = {"compile-default": "default", "compile-max-autotune": "max-autotune"}
+"""torch.compile's mode by configuration. pipefit predicts what the same call needs without it."""
 
 # -- options
 
@@ -100,6 +104,22 @@ def _first_possible(
         if strategy(name).refusal(component, parameters) is None:
             return [Option(strategy=name, component=component.name, parameters=parameters)]
     return []
+
+
+def compile_modules(pipe: Any, mode: str) -> list[str]:
+    """Have torch compile diffusers' models, of autoencoders the decoder; return which.
+
+    In place, by ``Module.compile`` and an attribute, so that the meter finds the same modules.
+    """
+    compiled = []
+    for name, module in module_components(pipe).items():
+        if not isinstance(module, ModelMixin):
+            continue  # encoders of transformers
+        decoder = getattr(module, "decoder", None)
+        part = module if decoder is None else decoder
+        part.compile(mode=mode)
+        compiled.append(name if decoder is None else f"{name}.decoder")
+    return compiled
 
 
 # -- weights
@@ -170,6 +190,7 @@ def measure_pipeline(
     counter: Counter,
     *,
     cards: Mapping[str, int],
+    compile_mode: str | None = None,
     until_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
@@ -212,6 +233,12 @@ def measure_pipeline(
 
     # Not undone at the end: the process ends instead, and undoing would bring weights back.
     apply_options(pipe, options, counter.device)
+    if compile_mode is not None:
+        # Compiling and autotuning allocate as well, so the calls measured are those after it.
+        found["compiled"] = compile_modules(pipe, compile_mode)
+        if call(None)["outcome"] != "measured":
+            return found
+        found["compiling"] = found["calls"].pop()
     gc.collect()
     found["loaded"] = counter.read()._asdict()
     found["pinned_bytes"] = _pinned_bytes(counter)

@@ -38,6 +38,7 @@ from benchmarks.gpu_memory.cases import (
 from benchmarks.gpu_memory.counters import Counter, counter_of
 from benchmarks.gpu_memory.kernels import measure_kernel, predict_kernel
 from benchmarks.gpu_memory.pipelines import (
+    COMPILE_MODES,
     in_words,
     is_out_of_memory,
     measure_pipeline,
@@ -113,7 +114,13 @@ def _prepare_pipeline(case: Case, gpu: Gpu) -> Prepared:
     cards = {card: card_bytes(card) for card in CARDS if card_bytes(card) < gpu.total_bytes}
     return Prepared(
         measure=lambda counter, until_s: measure_pipeline(
-            pipe, arguments, options, counter, cards=cards, until_s=until_s
+            pipe,
+            arguments,
+            options,
+            counter,
+            cards=cards,
+            compile_mode=COMPILE_MODES.get(case.parameters["configuration"]),
+            until_s=until_s,
         ),
         predict=lambda measured: predict_pipeline(name, call, options, gpu, cards=cards),
         options=tuple(options),

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from benchmarks.published.older_versions import torch_version
 from benchmarks.published.records import (
+    LOADING,
     Record,
     Setup,
     Unusable,
@@ -35,6 +36,9 @@ Result = TypeVar("Result")
 OUTLIER = 0.02
 """Errors above this share of the published figure are explained, or marked unexplained."""
 
+LOAD = "load"
+"""What :meth:`Predicted.peak` calls the time before the call."""
+
 Kind = Literal["allocated", "reserved", "process"]
 KINDS: tuple[Kind, ...] = ("allocated", "reserved", "process")
 
@@ -45,6 +49,9 @@ class Predicted:
 
     phases: tuple[PhasePrediction, ...]
     host_ram_bytes: int
+    loading_bytes: int = 0
+    """What lies on the GPU once all is loaded, before any offload."""
+    context_bytes: int = 0
 
     @property
     def loaded_bytes(self) -> int:
@@ -52,12 +59,20 @@ class Predicted:
         return self.phases[0].weights_bytes
 
     def peak(self, kind: Kind, counts: Callable[[str], bool] = lambda phase: True) -> int:
-        """Return the highest of the phases that count, in bytes."""
-        return max(getattr(p, f"{kind}_bytes") for p in self.phases if counts(p.name))
+        """Return the highest of the phases that count, in bytes; loading is one called load."""
+        peak_bytes = max(getattr(p, f"{kind}_bytes") for p in self.phases if counts(p.name))
+        return max(peak_bytes, self._loading_peak(kind)) if counts(LOAD) else peak_bytes
 
-    def peak_phase(self) -> str:
-        """Return the name of the phase in which most is allocated."""
-        return max(self.phases, key=lambda p: p.allocated_bytes).name
+    def peak_phase(self, kind: Kind = "allocated") -> str:
+        """Return the name of the phase in which *kind* is highest."""
+        peaks = [(getattr(p, f"{kind}_bytes"), p.name) for p in self.phases]
+        num_bytes, name = max(peaks, key=lambda peak: peak[0])
+        return LOAD if self._loading_peak(kind) > num_bytes else name
+
+    def _loading_peak(self, kind: Kind) -> int:
+        if not self.loading_bytes:
+            return 0
+        return self.loading_bytes + (self.context_bytes if kind == "process" else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +120,13 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
             machine=reference_machine([setup.gpu]),
             dtype=setup.dtype if isinstance(subject, str) else None,
         )
-    return Predicted(phases=found.phases, host_ram_bytes=found.host_ram_bytes)
+    (peak,) = found.peak_vram
+    return Predicted(
+        phases=found.phases,
+        host_ram_bytes=found.host_ram_bytes,
+        loading_bytes=peak.loading_bytes,
+        context_bytes=peak.context_bytes,
+    )
 
 
 def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
@@ -177,5 +198,7 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     )
     is_off = abs(row.error) > OUTLIER
     notes = [explanation(record, is_compiled=row.is_compiled)] if is_off else []
+    if predicted.peak_phase(kind) == LOAD and phases_of(record)(LOAD):
+        notes.insert(0, LOADING)
     notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
     return replace(row, note="; ".join(note for note in notes if note))

@@ -157,7 +157,7 @@ def setup_of(record: Record) -> Setup:
 def phases_of(record: Record) -> Callable[[str], bool]:
     """Return which phases of the call the record's figure is of."""
     if str(record["metric_scope"]).startswith("denoising"):
-        return lambda phase: phase != "decode"
+        return lambda phase: phase not in ("load", "decode")
     return lambda phase: True
 
 
@@ -200,12 +200,9 @@ def weights_are_published(record: Record) -> bool:
 
 
 COMPILED = "the component that peaks was compiled (docs/memory.md)"
+LOADING = "of loading: bitsandbytes quantises on the GPU, all such weights together before offload"
 RUN_AHEAD = "run-ahead: launch, copy and compute times are known to 20 % at best"
 EXPLANATIONS: tuple[tuple[str, str], ...] = (
-    (
-        "flux-4090-nf4-compile-modeloffload",
-        "peak of loading: bitsandbytes quantises on the GPU, all weights together before offload",
-    ),
     (
         "quanto-fp8-gpu",
         "weights fit if T5's wo was quantised too, which the loader's source says is left out",

@@ -16,7 +16,7 @@ from benchmarks.published.changes import CHANGES
 from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
 from benchmarks.published.older_versions import as_until_0_30
 from benchmarks.published.partial_calls import OneComponent
-from benchmarks.published.predictions import Row, rows_of
+from benchmarks.published.predictions import LOAD, Predicted, Row, rows_of
 from benchmarks.published.records import (
     PIPELINES,
     RECORDS,
@@ -31,6 +31,7 @@ from benchmarks.published.records import (
     weights_are_published,
 )
 from diffusers.models.upsampling import Upsample2D
+from tests.planner.hand_built import PREDICTION
 from tests.small_pipelines import cogvideox, small_call, stable_diffusion_xl
 
 from pipefit.cost_models import replay
@@ -298,6 +299,33 @@ def test_the_page_shows_every_record_and_why_one_has_no_prediction() -> None:
     text = page([row("SD1.5", 0.01, setup=setup), missing], [], 1.0)
     assert "| made-up | a100-80gb | 1.000 | 1.010 | +1.00% |" in text
     assert "| missing | | 2.000 | – | – | not in the catalogue |" in text
+
+
+def test_loading_counts_unless_the_figure_is_of_a_part_of_the_call() -> None:
+    def found(loading_bytes: int) -> Predicted:
+        return Predicted(
+            phases=PREDICTION.phases,
+            host_ram_bytes=0,
+            loading_bytes=loading_bytes,
+            context_bytes=5,
+        )
+
+    denoise = max(PREDICTION.phases, key=lambda p: p.allocated_bytes)
+    loaded = found(denoise.process_bytes + 1)
+    whole = phases_of(record(metric_scope="pipeline call"))
+    part = phases_of(record(metric_scope="denoising only"))
+    assert loaded.peak("allocated", whole) == denoise.process_bytes + 1
+    assert loaded.peak("process", whole) == denoise.process_bytes + 1 + 5
+    assert loaded.peak("allocated", part) == denoise.allocated_bytes
+    assert loaded.peak_phase() == LOAD
+    assert found(denoise.allocated_bytes + 1).peak_phase("allocated") == LOAD
+    assert found(denoise.allocated_bytes + 1).peak_phase("process") == denoise.name
+    less = found(denoise.allocated_bytes - 1)
+    assert less.peak("allocated", whole) == denoise.allocated_bytes
+    assert less.peak_phase() == denoise.name
+    # What is compiled does not run while it loads.
+    compiled = record(levers={**LEVERS, "compile": "max-autotune"})
+    assert not is_compiled_where_it_peaks(compiled, LOAD)
 
 
 def test_older_classes_compute_what_the_newer_do() -> None:

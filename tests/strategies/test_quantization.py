@@ -10,11 +10,13 @@ import diffusers
 import pytest
 import torch
 import transformers
+from tests.small_pipelines import SMALL_PIPELINES, small_call
 from tests.strategies.described import described
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipefit import predict
+from pipefit.cost_models.allocator import block_bytes
 from pipefit.cost_models.storage import TYPES, stored_weight
 from pipefit.cost_models.units import GIB, format_bytes
 from pipefit.errors import UnsupportedPipeline
@@ -215,8 +217,54 @@ def test_what_is_quantised_while_it_loads_is_read_whole() -> None:
         return QUANTIZATION.note({"backend": backend}, before, after)
 
     assert f"reads {format_bytes(before.weight_bytes)}." in note("quanto")
-    assert "stays until an offload takes it away" in note("bitsandbytes")
     assert not note("gguf")
+
+
+@pytest.mark.parametrize("placed", ["resident", "model_offload"])
+def test_what_is_quantised_on_the_gpu_is_there_together_before_any_offload(placed: str) -> None:
+    def ask(backend: str) -> Any:
+        pipe = SMALL_PIPELINES["flux"]()
+        parts = ("transformer", "text_encoder_2")
+        asked = [f"quantization:backend={backend}@{part}" for part in parts]
+        wide = ["model_offload"] if placed == "model_offload" else []
+        call = small_call("flux")
+        machine = reference_machine(["rtx-4090"])
+        return predict(pipe, [*asked, *wide], call=call, machine=machine)
+
+    found = ask("bitsandbytes,type=int8")
+    (peak,) = found.peak_vram
+    in_phases_bytes = max(phase.allocated_bytes for phase in found.phases)
+    together_bytes = sum(_loaded_bytes(part) for part in ("transformer", "text_encoder_2"))
+    assert peak.loading_bytes == together_bytes
+    assert peak.allocated_bytes == max(in_phases_bytes, peak.loading_bytes)
+    assert peak.process_bytes >= peak.loading_bytes + peak.context_bytes
+    assert peak.slack_bytes >= 0
+    (said,) = [a for a in found.assumptions if "quantised on the GPU" in a]
+    assert said.startswith(format_bytes(peak.loading_bytes))
+
+    elsewhere = ask("quanto,type=int8")
+    assert elsewhere.peak_vram[0].loading_bytes == 0
+    assert not any("quantised on the GPU" in a for a in elsewhere.assumptions)
+
+
+def _loaded_bytes(part: str) -> int:
+    """Return what *part* of the small pipeline takes on the GPU in blocks, tied tensors once."""
+    module = getattr(SMALL_PIPELINES["flux"](), part)
+    QUANTIZATION.imitate(
+        SimpleNamespace(**{part: module}), part, {"backend": "bitsandbytes", "type": "int8"}
+    )
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(block_bytes(t.numel() * t.element_size()) for t in tensors.values())
+
+
+@pytest.mark.slow
+def test_loading_is_the_peak_of_flux_in_four_bits_under_model_offload() -> None:
+    """12.24 GiB: docs/source/en/optimization/speed-memory-optims.md in diffusers at 58eb52c0."""
+    asked = _both("backend=bitsandbytes,type=nf4", ",kept_dtype=float32")
+    machine = reference_machine(["rtx-4090"])
+    found = predict("flux.1-dev", [*asked, "model_offload"], machine=machine)
+    assert found.peak_vram[0].allocated_bytes / GIB == pytest.approx(12.24, rel=0.01)
+    assert max(phase.allocated_bytes for phase in found.phases) / GIB < 8
 
 
 def test_a_loaded_pipeline_is_told_to_load_again() -> None:
