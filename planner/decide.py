@@ -66,8 +66,10 @@ class Configuration:
 
     @property
     def promised_bytes(self) -> int:
-        """The largest phase with its slack, as a budget counts it."""
-        return max(self.phase_bytes)
+        """The largest phase with its slack, as a budget counts it, or what loading needs."""
+        loading_bytes = self.pricing.memory.loading_bytes()
+        context_bytes = max(peak.context_bytes for peak in self.peaks)
+        return max(*self.phase_bytes, loading_bytes + context_bytes if loading_bytes else 0)
 
     @property
     def slack_bytes(self) -> int:

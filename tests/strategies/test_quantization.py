@@ -15,11 +15,11 @@ from tests.strategies.described import described
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipefit import predict
+from pipefit import plan, predict
 from pipefit.cost_models.allocator import block_bytes
 from pipefit.cost_models.storage import TYPES, stored_weight
 from pipefit.cost_models.units import GIB, format_bytes
-from pipefit.errors import UnsupportedPipeline
+from pipefit.errors import NoPlanFits, UnsupportedPipeline
 from pipefit.planner.catalog import reference_machine
 from pipefit.strategies import quality_of, strategy
 from pipefit.strategies.quantized_linear import QuantizedLinear
@@ -313,3 +313,17 @@ def test_reserved_peaks_of_flux_are_those_published(
     """FLUX.1-dev on an H100, from https://huggingface.co/blog/diffusers-quantization (2025-05)."""
     found = predict("flux.1-dev", strategies, machine=reference_machine(["h100-80gb"]))
     assert found.peak_vram[0].reserved_bytes / GIB == pytest.approx(published_gib, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_budget_below_what_loading_needs_is_not_planned_for() -> None:
+    asked = _both("backend=bitsandbytes,type=nf4", ",kept_dtype=float32")
+    machine = reference_machine(["rtx-4090"])
+    with pytest.raises(NoPlanFits) as caught:
+        plan("flux.1-dev", "10GB", machine=machine, quality="low", with_=asked, rehearse=False)
+    smallest_bytes = caught.value.smallest_budget_bytes["low"]
+    assert smallest_bytes / GIB == pytest.approx(12.24, rel=0.05)
+    fits = plan(
+        "flux.1-dev", smallest_bytes, machine=machine, quality="low", with_=asked, rehearse=False
+    )
+    assert fits.prediction.peak_vram[0].process_bytes <= smallest_bytes
