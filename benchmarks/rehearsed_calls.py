@@ -50,8 +50,8 @@ def measure(name: str) -> dict[str, Any]:
     from pipefit.planner.call import default_inputs
     from pipefit.planner.catalog import find_gpu
     from pipefit.planner.rehearse import rehearse
-    from pipefit.planner.trace import describe_component
     from pipefit.strategies import strategy, traits_of
+    from pipefit.strategies.describe import describe_component
     from pipefit.strategies.live import module_components
     from pipefit.strategies.strategy import Option
 

@@ -31,8 +31,10 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Streaming,
 )
 from pipefit.cost_models.residency import load_order, offload_groups
+from pipefit.cost_models.streaming import streamed_bytes
 from pipefit.cost_models.units import GIB, MIB
 from pipefit.cost_models.workload import Component
 
@@ -95,6 +97,12 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
     """Return the RAM that the weights of *component* take while it is away from the GPU."""
     if isinstance(placement, Resident):
         return HostBytes()
+    if isinstance(placement, Streaming):
+        packed_bytes = streamed_bytes(component, placement).host
+        return HostBytes(
+            pageable_bytes=packed_bytes if placement.host_memory == "pageable" else 0,
+            pinned_bytes=packed_bytes if placement.host_memory == "pinned" else 0,
+        )
     pageable_bytes = 0 if _is_on_disk(placement) else component.weight_bytes
     if isinstance(placement, ModelOffload | SequentialOffload):
         return HostBytes(pageable_bytes=pageable_bytes)
@@ -155,6 +163,8 @@ def host_peak(
     staging: Counter[int] = Counter()
     for component in components:
         placement = placements.get(component.name)
+        if isinstance(placement, Streaming):
+            pinned[component.name] = host_bytes(component, placement).pinned_bytes
         if isinstance(placement, GroupOffload):
             if placement.is_pinned_ahead:
                 pinned[component.name] = host_bytes(component, placement).pinned_bytes
@@ -168,6 +178,8 @@ def host_peak(
         placement = placements.get(component.name)
         if placement is None or isinstance(placement, Resident):
             continue
+        if isinstance(placement, Streaming):
+            continue  # it stays as it was placed
         if _is_on_disk(placement):
             # One group's file is mapped while it is read.
             groups = offload_groups(component, placement).all
@@ -188,11 +200,15 @@ def host_peak(
         call_bytes=PROCESS_BYTES + call_bytes + _kept_bytes(staging),
         pinned_bytes=sum(pinned.values()) + _kept_bytes(staging),
         disk_bytes=sum(
-            component.weight_bytes
-            for component in components
-            if _is_on_disk(placements.get(component.name))
+            _disk_bytes(component, placements.get(component.name)) for component in components
         ),
     )
+
+
+def _disk_bytes(component: Component, placement: Placement | None) -> int:
+    if isinstance(placement, Streaming) and placement.host_memory == "disk":
+        return streamed_bytes(component, placement).host
+    return component.weight_bytes if _is_on_disk(placement) else 0
 
 
 def _is_on_disk(placement: Placement | None) -> TypeGuard[GroupOffload]:
@@ -212,6 +228,12 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
             # writes to them, but small ones are cut from the heap that the weights have left.
             kept_bytes = sum(n for n in load_order(component) if n < MAPPED_ALLOCATION_BYTES)
         return (pages_bytes if is_mapped else weight_bytes), kept_bytes
+    if isinstance(placement, Streaming):
+        # Block after block is packed, and what it was loaded as goes, with its file's last tensor.
+        held = host_bytes(component, placement)
+        kept_bytes = held.pageable_bytes + held.pinned_bytes
+        source_bytes = max(_files(component, weight_bytes), default=0) if is_mapped else 0
+        return max(weight_bytes, kept_bytes) + source_bytes, kept_bytes
     if not isinstance(placement, GroupOffload) or not placement.is_pinned_ahead:
         return before_bytes, before_bytes
     # What no group streams is neither read nor copied yet.

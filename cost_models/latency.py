@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
@@ -29,8 +29,10 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
+from pipefit.cost_models.streaming import CallTimes, Window, call_times, cut_of, windows_of
 from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
@@ -41,7 +43,14 @@ from pipefit.cost_models.transfers import (
     link_rates,
     pin_bytes_per_s,
 )
-from pipefit.cost_models.workload import SYNCHRONISE, Component, Kernel, Workload
+from pipefit.cost_models.workload import (
+    SYNCHRONISE,
+    Component,
+    Kernel,
+    Phase,
+    Workload,
+    calls_in_order,
+)
 from pipefit.errors import InvalidRequest
 
 Attention = Literal["native", "flash", "efficient", "math", "xformers", "cudnn"]
@@ -385,6 +394,10 @@ class LatencyModel:
         self._routines: dict[tuple[int, Attention], RoutineCost] = {}
         self._executions: dict[int, Mapping[str, int]] = {}
         self._component_groups: dict[tuple[str, Placement], Groups] = {}
+        self._windows: dict[object, tuple[Window, ...]] = {}
+        self._call_times: dict[object, CallTimes] = {}
+        self._order = calls_in_order(workload)
+        self._root_routines = [event[1] for event in workload.root if event[0] == "c"]
 
     def routine_cost(self, routine: int, attention: Attention = "native") -> RoutineCost:
         """Return what one call of ``workload.routines[routine]`` costs the GPU."""
@@ -477,7 +490,7 @@ class LatencyModel:
     def _transfer(self, component: Component, routine: int, placement: Placement) -> _Transfer:
         """What one call of *routine* copies."""
         match placement:
-            case Resident() | ModelOffload():
+            case Resident() | ModelOffload() | Streaming():
                 return _Transfer()
             case SequentialOffload():
                 groups = self._groups(component, placement)
@@ -491,6 +504,113 @@ class LatencyModel:
                     is_forward=self.workload.routines[routine].entry == "forward",
                 )
         assert_never(placement)
+
+    def streaming_seconds(
+        self,
+        phase: Phase,
+        placement: Streaming,
+        replaced: Mapping[int, int],
+        *,
+        attention: Attention = "native",
+    ) -> PlacementTime:
+        """Return the time of a phase's calls in one pipeline call, their weights streamed.
+
+        *replaced* are the routines of a traced variant in place of those of the pipeline's frame.
+
+        Raises:
+            InvalidRequest: if the GPU lacks a figure that the estimate needs.
+        """
+
+        def total_s(compute_factor: float, transfer_factor: float) -> float:
+            return math.fsum(
+                self._streamed_call_s(
+                    call, placement, replaced, attention, compute_factor, transfer_factor
+                )
+                for call in phase.calls
+            )
+
+        call_s = total_s(1, 1)
+        return PlacementTime(
+            call_s=call_s,
+            first_call_s=call_s,
+            low_s=total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD),
+            high_s=total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD),
+            h2d_bytes=0,
+            d2h_bytes=0,
+        )
+
+    def _streamed_call_s(
+        self,
+        call: int,
+        placement: Streaming,
+        replaced: Mapping[int, int],
+        attention: Attention,
+        compute_factor: float,
+        transfer_factor: float,
+    ) -> float:
+        """Return the time of one of the pipeline's calls, by what was called before it."""
+        name = self._order[call]
+        routine = self._root_routines[call]
+        is_cold, ahead_s = False, 0.0
+        if placement.when_idle == "leave":
+            before = call - 1
+            while before >= 0 and self._order[before] == placement.load_with:
+                ahead_s += compute_factor * self.call_seconds(self._root_routines[before])
+                before -= 1
+            is_cold = self._order[call - 1] != name or call == 0
+        times = self._times_of(
+            name,
+            replaced.get(routine, routine),
+            placement,
+            attention,
+            compute_factor,
+            transfer_factor,
+            ahead_s if is_cold else 0.0,
+        )
+        return times.cold_s if is_cold else times.later_s
+
+    def _times_of(
+        self,
+        name: str,
+        routine: int,
+        placement: Streaming,
+        attention: Attention,
+        compute_factor: float,
+        transfer_factor: float,
+        ahead_s: float,
+    ) -> CallTimes:
+        key = name, routine, placement, attention, compute_factor, transfer_factor, ahead_s
+        found = self._call_times.get(key)
+        if found is None:
+            cut = cut_of(self.workload.component(name), placement)
+            place = routine, id(cut), attention
+            windows = self._windows.get(place)
+            if windows is None:
+                windows = self._windows[place] = windows_of(
+                    self.workload, routine, cut, lambda index: self._times(index, attention)
+                )
+            link = link_rates(self.gpu)
+            rate = {
+                "pinned": link.h2d_pinned_bytes_per_s,
+                "pageable": link.h2d_pageable_bytes_per_s,
+                "disk": link.h2d_pageable_bytes_per_s,
+            }[placement.host_memory]
+            found = self._call_times[key] = call_times(
+                [Window(w.block, w.gpu_s * compute_factor, w.host_s) for w in windows],
+                cut,
+                placement,
+                rate / transfer_factor,
+                ahead_s=ahead_s,
+            )
+        return found
+
+    def _times(self, event: Sequence[Any], attention: Attention) -> tuple[float, float]:
+        """Return the seconds of GPU and host that a kernel or a call takes."""
+        if event[0] == "k":
+            cost = self._kernel_cost(event[1], attention)
+        else:
+            cost = self.routine_cost(event[1], attention)
+        return cost.gpu_s, cost.num_launches * self._launch_s
 
     def _groups(self, component: Component, placement: GroupOffload | SequentialOffload) -> Groups:
         key = (component.name, placement)

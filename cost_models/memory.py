@@ -23,9 +23,10 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Streaming,
 )
 from pipefit.cost_models.prediction import Choice
-from pipefit.cost_models.replay import Replay
+from pipefit.cost_models.replay import Moment, Replay
 from pipefit.cost_models.residency import (
     GroupHooks,
     Groups,
@@ -36,8 +37,9 @@ from pipefit.cost_models.residency import (
     sequential_resident_bytes,
 )
 from pipefit.cost_models.storage import QUANTISED_ON_GPU
+from pipefit.cost_models.streaming import StreamedBytes, streamed_bytes, turns
 from pipefit.cost_models.timeline import Outcome, RoutinePeak, Timeline
-from pipefit.cost_models.workload import Component, Workload
+from pipefit.cost_models.workload import Component, Workload, calls_in_order
 from pipefit.cost_models.workspace import cublas_bytes
 
 SLACK_SHARE = 0.06
@@ -119,6 +121,8 @@ class MemoryModel:
             for calls in self._calls
         ]
         self._groups: dict[tuple[str, Placement], Groups] = {}
+        self._streamed_bytes: dict[tuple[str, Placement], StreamedBytes] = {}
+        self._order = calls_in_order(workload)
         self._streamed_outcomes: dict[object, Outcome] = {}
 
     def loading_bytes(self) -> int:
@@ -183,6 +187,11 @@ class MemoryModel:
         if isinstance(placement, ModelOffload):
             if component.name not in self._residency.phases[phase]:
                 return 0
+        elif isinstance(placement, Streaming):
+            streamed = self._streaming(component, placement)
+            here = turns(self._order, component.name, placement.load_with)
+            is_loaded = any(here[call] for call in self.workload.phases[phase].calls)
+            return streamed.loaded_bytes if is_loaded else streamed.idle_bytes
         elif not isinstance(placement, Resident):
             return self._resting_bytes(component, choice)
         return self._weight_bytes[component.name] + self._added_bytes[phase][component.name]
@@ -192,6 +201,8 @@ class MemoryModel:
         placement = choice.placement
         if isinstance(placement, SequentialOffload):
             return allocated_bytes(sequential_resident_bytes(component))
+        if isinstance(placement, Streaming):
+            return self._streaming(component, placement).loaded_bytes
         if not isinstance(placement, GroupOffload):
             return self._weight_bytes[component.name]
         if not placement.use_stream:
@@ -216,7 +227,10 @@ class MemoryModel:
             return peak_bytes + self._resting_bytes(component, choice)
         if isinstance(placement, GroupOffload):
             return self._streamed(component, choice, call).peak.peak_bytes
-        weight_bytes = self._weight_bytes[component.name] + _added_to(component, call)
+        weight_bytes = self._weight_bytes[component.name]
+        if isinstance(placement, Streaming):
+            weight_bytes = self._streaming(component, placement).loaded_bytes
+        weight_bytes += _added_to(component, call)
         return weight_bytes + self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
 
     def _routine(self, choice: Choice, call: _RootCall) -> tuple[int, tuple[int, ...]]:
@@ -244,6 +258,12 @@ class MemoryModel:
                 component.name, routine, outside, groups, ratio, look_ahead=True
             )
         return found
+
+    def _streaming(self, component: Component, placement: Streaming) -> StreamedBytes:
+        key = component.name, placement
+        if key not in self._streamed_bytes:
+            self._streamed_bytes[key] = streamed_bytes(component, placement)
+        return self._streamed_bytes[key]
 
     def _groups_of(self, component: Component, placement: Placement) -> Groups:
         key = component.name, placement
@@ -312,11 +332,27 @@ def simulate(
             workspace_bytes=peak.workspace_bytes,
             carried_bytes=peak.carried_bytes,
             reserved_bytes=reserved_bytes,
-            slack_bytes=round(SLACK_SHARE * (reserved_bytes - peak.weight_bytes)),
+            slack_bytes=_slack_bytes(peak, reserved_bytes, grown_bytes),
             context_bytes=context,
         )
-        for peak, reserved_bytes in zip(run.peaks, run.peak_reserved_bytes, strict=True)
+        for peak, reserved_bytes, grown_bytes in zip(
+            run.peaks, run.peak_reserved_bytes, run.grown_reserved_bytes, strict=True
+        )
     )
+
+
+def _slack_bytes(peak: Moment, reserved_bytes: int, grown_bytes: int) -> int:
+    """Return what fragmentation may take above *reserved_bytes*.
+
+    What the phase before left cached and this one does not need is given back when memory is short,
+    so it asks for no slack of its own.
+    """
+    needed = (
+        held + SLACK_SHARE * (held - peak.weight_bytes)
+        for held in (peak.allocated_bytes, grown_bytes)
+        if held
+    )
+    return max(0, round(max(needed, default=0) - reserved_bytes))
 
 
 def flushing_bytes(gpu: Gpu, budget_bytes: int) -> int:

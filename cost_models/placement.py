@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipefit.cost_models.units import MIB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
@@ -47,4 +49,29 @@ class GroupOffload:
         return self.use_stream and not self.low_cpu_mem_usage and self.offload_to_disk_path is None
 
 
-Placement = Resident | ModelOffload | SequentialOffload | GroupOffload
+MAX_BLOCK_BYTES = 256 * MIB
+"""Largest block that is streamed whole; our choice: a copy of half that reaches the link's full
+rate, and two slots of it are small beside the activations of a picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """Some blocks stay, the others take turns in a ring of slots on the GPU; pipefit's own."""
+
+    resident_blocks: int
+    """How many of the component's blocks stay, spread evenly; see ``cost_models/blocks.py``."""
+    num_slots: int = 2
+    look_ahead: int = 2
+    """How many blocks that come next are copied ahead, at most one a slot."""
+    when_idle: Literal["stay", "leave"] = "stay"
+    """Whether what is on the GPU stays there while other components are called."""
+    load_with: str | None = None
+    """What left is copied back in as soon as this component is called; None: the own call."""
+    host_memory: Literal["pinned", "pageable", "disk"] = "pinned"
+    """Where streamed blocks wait: page-locked, in ordinary memory, or in files that are mapped."""
+    max_block_bytes: int = MAX_BLOCK_BYTES
+    uncalled_modules: tuple[str, ...] = ()
+    """What the planned call does not enter: stays on the host unless a call does all the same."""
+
+
+Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming

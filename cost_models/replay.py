@@ -25,6 +25,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Streaming,
 )
 from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.residency import (
@@ -35,9 +36,9 @@ from pipefit.cost_models.residency import (
     sequential_groups,
     sequential_resident_bytes,
 )
-from pipefit.cost_models.timeline import split_path
+from pipefit.cost_models.streaming import streamed_bytes
 from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
-from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload
+from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload, split_path
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 
 REPLAYS_TO_SETTLE = 2
@@ -97,6 +98,9 @@ class Replay:
         self.allocator = CachingAllocator(capacity_bytes, expandable=gpu.expandable_segments)
         self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
         self.peak_reserved_bytes = [0] * len(workload.phases)
+        self.grown_reserved_bytes = [0] * len(workload.phases)
+        """The same where the phase itself took memory; 0 where what was cached before sufficed."""
+        self._reserved_before_bytes = 0
         self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]
         self._is_gemm = [kernel.kind == "gemm" for kernel in workload.kernels]
         self._cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
@@ -114,6 +118,13 @@ class Replay:
         self._weight_ratio: dict[str, float] = {}
         self._weights: dict[str, list[Block]] = {}
         self._hooks: dict[str, GroupHooks] = {}
+        self._streamed = {
+            c.name: streamed_bytes(c, placement)
+            for c in workload.components
+            if isinstance(placement := choices[c.name].placement, Streaming)
+        }
+        self._leaving: set[str] = set()
+        """Streamed components that leave when idle and are loaded."""
         self._streams = {c.name: i for i, c in enumerate(workload.components, start=1)}
         self._group_blocks: dict[tuple[str, int], list[Block]] = {}
         runs_ahead = any(_records_stream(choice.placement) for choice in choices.values())
@@ -153,11 +164,13 @@ class Replay:
         if choice.variant:
             index = self.workload.variants[choice.variant].get(index, index)
         is_loaded = self._evict_for(component)
+        self._leave_for(component)
         if phase != self._phase:
             self._leave_phase()
             self._phase = phase
         if is_loaded:
             self._load(component, self._tensor_bytes[component])
+        self._arrive_for(component)
         outside = [blocks.pop(n) for n in freed]
         # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
         num_given = self.workload.routines[index].num_outside
@@ -193,6 +206,8 @@ class Replay:
             placement = self.choices[name].placement
             if isinstance(placement, Resident) or name in self._chain.excluded:
                 self._load(name, self._tensor_bytes[name])
+            elif isinstance(placement, Streaming):
+                self._load(name, self._streamed[name].idle)
             elif isinstance(placement, SequentialOffload):
                 self._load(name, sequential_resident_bytes(component))
                 self._hooks[name] = GroupHooks(sequential_groups(component))
@@ -207,6 +222,31 @@ class Replay:
                 self._free_weight(block)
             self.allocator.empty_cache()
         return is_loaded
+
+    def _leave_for(self, component: str) -> None:
+        """Free what streamed components hold that leave when *component* is called."""
+        for name in sorted(self._leaving):
+            placement = self.choices[name].placement
+            assert isinstance(placement, Streaming)
+            if component in (name, placement.load_with):
+                continue
+            idle = len(self._streamed[name].idle)
+            for block in self._weights[name][idle:]:
+                self._free_weight(block)
+            del self._weights[name][idle:]
+            self._leaving.remove(name)
+
+    def _arrive_for(self, component: str) -> None:
+        """Load what comes back with the call of *component*, itself first."""
+        for name, streamed in sorted(self._streamed.items(), key=lambda pair: pair[0] != component):
+            placement = self.choices[name].placement
+            assert isinstance(placement, Streaming)
+            is_due = component in (name, placement.load_with) and placement.when_idle == "leave"
+            if is_due and name not in self._leaving:
+                self._weights[name] += [
+                    self._allocate_weight(n, 0) for n in streamed.loaded[len(streamed.idle) :]
+                ]
+                self._leaving.add(name)
 
     def _load(self, name: str, tensor_bytes: Iterable[int]) -> None:
         self._weights[name] = [self._allocate_weight(n, 0) for n in tensor_bytes]
@@ -504,6 +544,11 @@ class Replay:
             self.peak_reserved_bytes[phase] = max(
                 self.peak_reserved_bytes[phase], allocator.peak_reserved_bytes
             )
+            if allocator.peak_reserved_bytes > self._reserved_before_bytes:
+                self.grown_reserved_bytes[phase] = max(
+                    self.grown_reserved_bytes[phase], allocator.peak_reserved_bytes
+                )
+            self._reserved_before_bytes = allocator.reserved_bytes
         self._peak = self._now()
         allocator.reset_peak()
 

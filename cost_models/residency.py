@@ -31,13 +31,13 @@ NUM_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _ByIdentity:
+class ByIdentity:
     """A component as a key: comparing thousands of tensors would cost what is to be saved."""
 
     component: Component
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self.component is other.component
+        return isinstance(other, ByIdentity) and self.component is other.component
 
     def __hash__(self) -> int:
         return id(self.component)
@@ -99,13 +99,13 @@ def load_order(component: Component) -> tuple[int, ...]:
 
     Children before their parent, parameters before buffers; tied tensors once.
     """
-    return _load_order(_ByIdentity(component))
+    return _load_order(ByIdentity(component))
 
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
-def _load_order(of: _ByIdentity) -> tuple[int, ...]:
+def _load_order(of: ByIdentity) -> tuple[int, ...]:
     component = of.component
-    children = _children(component)
+    children = children_of(component)
     own: dict[str, list[TensorInfo]] = {}
     for tensor in component.tensors:
         own.setdefault(_owner(tensor), []).append(tensor)
@@ -125,11 +125,11 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
     Remembered for the last components asked about: a search asks the same thousands of times.
     """
     if placement.offload_type == "leaf_level":
-        return _leaf_groups(_ByIdentity(component), placement.use_stream)
+        return _leaf_groups(ByIdentity(component), placement.use_stream)
     num_blocks = 1 if placement.use_stream else placement.num_blocks_per_group or 1
     block_modules = placement.block_modules or tuple(component.traits.get(DECLARED_BLOCKS, ()))
     return _block_groups(
-        _ByIdentity(component),
+        ByIdentity(component),
         num_blocks,
         block_modules,
         is_streamed=placement.use_stream,
@@ -139,7 +139,7 @@ def offload_groups(component: Component, placement: GroupOffload) -> Groups:
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
 def _block_groups(
-    of: _ByIdentity,
+    of: ByIdentity,
     num_blocks: int,
     block_modules: tuple[str, ...],
     *,
@@ -147,7 +147,7 @@ def _block_groups(
     is_on_disk: bool,
 ) -> Groups:
     component = of.component
-    children, below = _children(component), _by_prefix(component)
+    children, below = children_of(component), _by_prefix(component)
     lists = {module.path for module in component.modules if module.is_block_list}
     groups: list[Group] = []
     unmatched: list[Group] = []
@@ -181,10 +181,10 @@ def _block_groups(
         taken = {t.path for path in covered for t in below.get(path, ())}
         rest = [t for t in below.get(root, ()) if t.path not in taken]
         # What an enclosing module holds already, tied, is on the GPU when this one is called.
-        missing = [t for t in rest if _storage(t) not in outer]
+        missing = [t for t in rest if storage_of(t) not in outer]
         place = len(unmatched)
         for child in nested:
-            cut(child, outer.union(map(_storage, rest)))
+            cut(child, outer.union(map(storage_of, rest)))
         if has_rest or rest:
             # The group lists the buffers of its modules as well, and Module.to makes new ones: from
             # the second forward on, old and new are both loaded (ModuleGroup._offload_to_memory).
@@ -206,11 +206,11 @@ def sequential_groups(component: Component) -> Groups:
     Buffers stay on the GPU (see :func:`sequential_resident_bytes`) unless they are saved and the
     component itself owns a parameter.
     """
-    return _sequential_groups(_ByIdentity(component))
+    return _sequential_groups(ByIdentity(component))
 
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
-def _sequential_groups(of: _ByIdentity) -> Groups:
+def _sequential_groups(of: ByIdentity) -> Groups:
     component = of.component
     kept = _kept_buffers(component)
     own: dict[str, list[TensorInfo]] = {}
@@ -357,7 +357,7 @@ class GroupHooks:
 
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
-def _leaf_groups(of: _ByIdentity, use_stream: bool) -> Groups:
+def _leaf_groups(of: ByIdentity, use_stream: bool) -> Groups:
     component = of.component
     leaves = [module.path for module in component.modules if module.is_leaf_layer]
     below = _by_prefix(component)
@@ -391,7 +391,8 @@ def _prefixes(path: str) -> Iterator[str]:
         yield path
 
 
-def _children(component: Component) -> dict[str, list[str]]:
+def children_of(component: Component) -> dict[str, list[str]]:
+    """Return the paths of each module's direct children, in order."""
     children: dict[str, list[str]] = {}
     for module in component.modules:
         if module.path:
@@ -408,7 +409,8 @@ def _by_prefix(component: Component) -> dict[str, list[TensorInfo]]:
     return below
 
 
-def _storage(tensor: TensorInfo) -> str:
+def storage_of(tensor: TensorInfo) -> str:
+    """Return the path of the first tensor that shares this one's memory, its own included."""
     return tensor.tied_to or tensor.path
 
 
@@ -416,7 +418,7 @@ def _storages(tensors: Iterable[TensorInfo]) -> Iterator[int]:
     """Yield the bytes of each distinct storage among *tensors*."""
     seen = set()
     for tensor in tensors:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage not in seen:
             seen.add(storage)
             yield tensor.num_bytes

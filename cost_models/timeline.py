@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipefit.cost_models.allocator import allocated_bytes, block_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.residency import GroupHooks
-from pipefit.cost_models.workload import Workload
+from pipefit.cost_models.workload import Workload, split_path
 from pipefit.cost_models.workspace import scratch_bytes
 
 
@@ -39,18 +39,6 @@ class Outcome(NamedTuple):
     returned_bytes: tuple[int, ...]
     weight_bytes: int
     """How much more weights are on the GPU at the end than at the entry."""
-
-
-def split_path(path: str, component: str, caller: str) -> tuple[str, str]:
-    """Return component and path below it of a call written as *path* in *caller*'s routine.
-
-    >>> split_path("attn.to_q", "unet", "mid_block"), split_path("/vae.decoder", "unet", "x")
-    (('unet', 'mid_block.attn.to_q'), ('vae', 'decoder'))
-    """
-    if path.startswith("/"):
-        component, _, below = path[1:].partition(".")
-        return component, below
-    return component, ".".join(part for part in (caller, path) if part)
 
 
 class Timeline:

@@ -66,6 +66,13 @@ GROUP_SYNC_S = 46e-6
 compute stream. FLUX.1-dev, 30 steps, 502 leaf layers, 32.521 against 31.825 s
 (https://github.com/huggingface/diffusers/pull/11081)."""
 
+BLOCK_HOOK_S = 13e-6
+"""Host time of a streamed block's hooks, without what CUDA does in them.
+
+Measured: 200 blocks of 12 parameters, pipefit's own engine on the CPU with copies that do nothing,
+on a 2.5 GHz server core.
+"""
+
 COPY_LATENCY_S = 10e-6
 """Fixed time of one blocking copy, host call included: small pageable copies in
 https://forums.developer.nvidia.com/t/56270 take 7 to 10 microseconds up to 16 KB."""

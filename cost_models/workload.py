@@ -115,6 +115,8 @@ class ModuleInfo:
     """Conv, ConvTranspose, Linear or Embedding: what leaf-level offload groups on."""
     is_block_list: bool = False
     """ModuleList or Sequential."""
+    is_container: bool = False
+    """One of these or a ModuleDict: it holds modules, and whether it is called itself depends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +186,76 @@ class Workload:
     def component(self, name: str) -> Component:
         """Return the component called *name*."""
         return next(c for c in self.components if c.name == name)
+
+
+def calls_in_order(workload: Workload) -> tuple[str, ...]:
+    """Return the component of every call that the pipeline makes."""
+    calls = sorted((call, p.component) for p in workload.phases for call in p.calls)
+    return tuple(name for _, name in calls)
+
+
+def calling_order(workload: Workload) -> tuple[str, ...]:
+    """Return the components in the order in which the pipeline calls them, again at every turn."""
+    names = calls_in_order(workload)
+    return tuple(
+        name for name, before in zip(names, (None, *names), strict=False) if name != before
+    )
+
+
+def uncalled_modules(workload: Workload, component: str) -> tuple[str, ...]:
+    """Return the largest modules of *component* of which the call enters no part, as paths.
+
+    The vision tower of a language model that reads text alone, the encoder of an autoencoder that
+    only decodes. Containers, which nobody calls anyway, are not named, but what lies in them.
+    """
+    called = _called_modules(workload).get(component, set())
+    found: list[str] = []
+    for module in workload.component(component).modules:
+        path = module.path
+        if not path or path in called or any(_lies_in(path, above) for above in found):
+            continue
+        if not module.is_container:
+            found.append(path)
+    return tuple(found)
+
+
+def _called_modules(workload: Workload) -> dict[str, set[str]]:
+    """Return the modules that are called, and all above them, by component."""
+    called: dict[str, set[str]] = {}
+    seen: set[tuple[int, str, str]] = set()
+
+    def walk(routine: int, component: str, path: str) -> None:
+        if (routine, component, path) in seen:
+            return
+        seen.add((routine, component, path))
+        above = path
+        while above:
+            called.setdefault(component, set()).add(above)
+            above = above.rpartition(".")[0]
+        for event in workload.routines[routine].events:
+            if event[0] == "c":
+                walk(event[1], *split_path(event[2], component, path))
+
+    for event in workload.root:
+        if event[0] == "c":
+            walk(event[1], *split_path(event[2], "", ""))
+    return called
+
+
+def _lies_in(path: str, ancestor: str) -> bool:
+    return path.startswith(ancestor + ".")
+
+
+def split_path(path: str, component: str, caller: str) -> tuple[str, str]:
+    """Return component and path below it of a call written as *path* in *caller*'s routine.
+
+    >>> split_path("attn.to_q", "unet", "mid_block"), split_path("/vae.decoder", "unet", "x")
+    (('unet', 'mid_block.attn.to_q'), ('vae', 'decoder'))
+    """
+    if path.startswith("/"):
+        component, _, below = path[1:].partition(".")
+        return component, below
+    return component, ".".join(part for part in (caller, path) if part)
 
 
 def variant_key(component: str, parts: Mapping[str, Mapping[str, Any]]) -> str:

@@ -290,7 +290,8 @@ _ROOM_BYTES = 1 << 50
 
 
 def _check_fingerprint(pipe: Any, plan: Plan) -> None:
-    from pipefit.planner.trace import describe_component, fingerprint
+    from pipefit.planner.trace import fingerprint
+    from pipefit.strategies.describe import describe_component
     from pipefit.strategies.live import module_components
 
     components = [

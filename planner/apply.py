@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline
 
 from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.snapshot import differences, snapshot
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import device_restorer, hooks_of, module_components
 from pipefit.strategies.strategy import Option, Strategy, Undo
 

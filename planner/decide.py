@@ -139,7 +139,7 @@ class Candidates:
             found = self.configure(selection, budget_bytes)
             problem = problems[selection.problem]
             if found.promised_bytes > budget_bytes:
-                problems[problem.name] = _charged(problem, found)
+                problems[problem.name] = _charged(problem, found, budget_bytes)
                 continue
             found = self.rehearsed(found, budget_bytes)
             if found.promised_bytes <= budget_bytes:
@@ -189,9 +189,15 @@ class Candidates:
         return found
 
 
-def _charged(problem: Problem, found: Configuration) -> Problem:
-    """Return *problem* with what *found* needs beyond its sums added to every selection."""
-    more = _beyond_sums(found)
+def _charged(problem: Problem, found: Configuration, budget_bytes: int) -> Problem:
+    """Return *problem* with what *found* needs beyond its sums added to every selection.
+
+    Only in phases that break the budget: elsewhere it may hold what an earlier phase left cached.
+    """
+    more = [
+        beyond if needed > budget_bytes else 0
+        for beyond, needed in zip(_beyond_sums(found), found.phase_bytes, strict=True)
+    ]
     base = tuple(b + m for b, m in zip(problem.base_bytes, more, strict=True))
     return replace(problem, base_bytes=base)
 

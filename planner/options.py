@@ -17,7 +17,7 @@ from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import Attention, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Placement, Resident
+from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Streaming
 from pipefit.cost_models.prediction import (
     Choice,
     DevicePeak,
@@ -312,6 +312,12 @@ class Pricing:
             if choice.variant:
                 routine = self.workload.variants[choice.variant].get(routine, routine)
             counts[routine] = counts.get(routine, 0) + 1
+        if isinstance(choice.placement, Streaming):
+            replaced = self.workload.variants[choice.variant] if choice.variant else {}
+            streamed = self.latency.streaming_seconds(
+                phase, choice.placement, replaced, attention=attention
+            )
+            return streamed.call_s, streamed.first_call_s, streamed.low_s, streamed.high_s
         # Model offload moves a component once, however many phases it has: charged to the first.
         first = next(p for p in self.workload.phases if p.component == phase.component)
         moves = phase == first

@@ -546,8 +546,9 @@ def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:
-    """Whether something took the place of the class's ``forward``, as the hooks of accelerate and
-    diffusers do."""
+    """Whether something runs with the class's ``forward`` or in its place, as hooks do."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return True
     forward = module.__dict__.get("forward")
     if isinstance(forward, _Method):
         forward = forward.method

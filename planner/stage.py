@@ -26,8 +26,9 @@ from pipefit.cost_models.clock import COMPUTE, GROUP_HOOK_S, TO_GPU, TO_HOST, Cl
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
 from pipefit.cost_models.machine import Gpu, Link
-from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement
+from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Streaming
 from pipefit.cost_models.transfers import (
+    BLOCK_HOOK_S,
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
     GROUP_SYNC_S,
@@ -41,7 +42,7 @@ from pipefit.planner.kernels import kernel_of
 from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
 from pipefit.planner.recorder import TILE_METHODS, Recorder, has_own_forward, intercepting
 from pipefit.planner.timeline import HOST, Timeline
-from pipefit.planner.trace import describe_component, phase_name
+from pipefit.planner.trace import phase_name
 from pipefit.planner.virtual import VirtualDevice
 from pipefit.planner.virtual_host import HostMemory
 from pipefit.planner.virtual_tensors import (
@@ -52,6 +53,7 @@ from pipefit.planner.virtual_tensors import (
     VirtualTensor,
     buffer_of,
 )
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import module_components
 
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -315,6 +317,8 @@ class Stage(Recorder):
         self._note(("t", copy))
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
+            if isinstance(self.placements.get(self._phase[0].component), Streaming):
+                self.clock.work(BLOCK_HOOK_S)
         if copy.source is not None and copy.target is not None:
             self._copy_between(copy.source, copy.target, copy.num_bytes)
             return
@@ -423,6 +427,14 @@ class Stage(Recorder):
     def host_freed(self, buffer: Buffer) -> None:
         self._is_unlike()
         self.host.free(buffer, self.clock.host_s)
+
+    def page_locked(self, buffer: Buffer) -> None:
+        self._is_unlike()
+        self.host.lock(buffer)
+
+    def page_unlocked(self, buffer: Buffer) -> None:
+        self._is_unlike()
+        self.host.unlock(buffer)
 
     def wrote_file(self, num_bytes: int) -> None:
         self._is_unlike()

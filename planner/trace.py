@@ -18,29 +18,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from pipefit.cost_models.workload import (
-    Component,
-    ModuleInfo,
-    Phase,
-    TensorInfo,
-    Workload,
-    variant_key,
-)
+from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
 from pipefit.planner.recorder import Recorder, intercepting, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
 from pipefit.planner.virtual import VirtualDevice, VirtualMachine
-from pipefit.planner.virtual_tensors import CPU, VirtualTensor, buffer_of
-
-LEAF_LAYERS = (
-    torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d,
-    torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d, torch.nn.Linear, torch.nn.Embedding,
-)  # fmt: skip
-"""What leaf-level group offloading groups on.
-
-Source: ``_GO_LC_SUPPORTED_PYTORCH_LAYERS`` in diffusers/hooks/_common.py, diffusers 0.42.1.
-"""
+from pipefit.planner.virtual_tensors import CPU, VirtualTensor
+from pipefit.strategies.describe import describe_component
 
 VariantParts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
@@ -111,58 +96,6 @@ def _convert_plain_meta(module: torch.nn.Module, machine: VirtualMachine) -> Non
                 and not isinstance(value, VirtualTensor)
             ):
                 part.__dict__[name] = machine.parameter(value, CPU)
-
-
-def describe_component(name: str, module: torch.nn.Module, traits: Mapping[str, Any]) -> Component:
-    """Return what cost models and strategies need to know of a component."""
-    tensors: list[TensorInfo] = []
-    first_path: dict[int, str] = {}
-    for owner_path, part in module.named_modules(remove_duplicate=True):
-        prefix = f"{owner_path}." if owner_path else ""
-        for is_buffer, table in ((False, part._parameters), (True, part._buffers)):
-            for key, tensor in table.items():
-                if tensor is None:
-                    continue
-                path = prefix + key
-                storage = _storage_key(tensor)
-                tied = first_path.get(storage)
-                first_path.setdefault(storage, path)
-                tensors.append(
-                    TensorInfo(
-                        path=path,
-                        num_bytes=tensor.numel() * tensor.element_size(),
-                        dtype=str(tensor.dtype).removeprefix("torch."),
-                        shape=tuple(tensor.shape),
-                        is_buffer=is_buffer,
-                        persistent=not (is_buffer and key in part._non_persistent_buffers_set),
-                        tied_to=tied,
-                    )
-                )
-    modules = tuple(
-        ModuleInfo(
-            path=path,
-            class_name=type(part).__name__,
-            is_leaf_layer=isinstance(part, LEAF_LAYERS),
-            is_block_list=isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential)),
-        )
-        for path, part in module.named_modules()
-    )
-    return Component(
-        name=name,
-        class_name=type(module).__name__,
-        library=type(module).__module__.split(".")[0],
-        tensors=tuple(tensors),
-        modules=modules,
-        traits=dict(traits),
-    )
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    if isinstance(tensor, VirtualTensor):
-        return id(buffer_of(tensor))
-    if tensor.device.type == "meta":
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 # -- the trace itself

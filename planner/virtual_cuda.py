@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipefit.planner.virtual_tensors import Launch, VirtualTensor, buffer_of, plain
+from pipefit.strategies import page_locked
 
 aten = torch.ops.aten
 
@@ -421,9 +422,25 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
         (torch, "Generator", _generator_class(torch.Generator)),
         (torch, "tensor", functools.partial(_new_tensor, machine, torch.tensor)),
         (torch, "as_tensor", functools.partial(_new_tensor, machine, torch.as_tensor)),
+        (page_locked, "page_lock", functools.partial(_page_lock, page_locked.page_lock)),
         *machine.disk.replacements(),
     ]
     return table
+
+
+def _page_lock(original: Any, tensor: Any) -> Any:
+    """The driver registers any memory; there is no address here to ask it for."""
+    if not isinstance(tensor, VirtualTensor):
+        return original(tensor)
+    buffer = buffer_of(tensor)
+    buffer.machine.observer.page_locked(buffer)
+    buffer.is_pinned = buffer.is_written = True
+
+    def unlock() -> None:
+        buffer.is_pinned = False
+        buffer.machine.observer.page_unlocked(buffer)
+
+    return unlock
 
 
 def _complete(machine: Any, argument: Any) -> Any:

@@ -25,6 +25,23 @@ class HostMemory:
         self._kept: Counter[int] = Counter()
         self._read_by_copies: list[tuple[float, int]] = []
         self._used_until_s: dict[int, float] = {}
+        self._locked: set[int] = set()
+
+    def lock(self, buffer: Buffer) -> None:
+        """Note that ordinary memory is page-locked where it is: exactly, and not kept for later."""
+        if buffer.is_written:
+            self.pageable_bytes -= buffer.num_bytes
+        self.pinned_bytes += buffer.num_bytes
+        self.held_pinned_bytes += buffer.num_bytes
+        self._locked.add(id(buffer))
+
+    def unlock(self, buffer: Buffer) -> None:
+        """Note that it is ordinary memory again."""
+        self._locked.remove(id(buffer))
+        self.pinned_bytes -= buffer.num_bytes
+        self.held_pinned_bytes -= buffer.num_bytes
+        self.pageable_bytes += buffer.num_bytes
+        self.peak_pageable_bytes = max(self.peak_pageable_bytes, self.pageable_bytes)
 
     def allocate(self, buffer: Buffer, now_s: float) -> None:
         """Note that *buffer* exists."""
@@ -43,6 +60,11 @@ class HostMemory:
 
     def free(self, buffer: Buffer, now_s: float) -> None:
         """Note that *buffer* is gone."""
+        if id(buffer) in self._locked:
+            self._locked.remove(id(buffer))
+            self.pinned_bytes -= buffer.num_bytes
+            self.held_pinned_bytes -= buffer.num_bytes
+            return
         if not buffer.is_pinned:
             if buffer.device == CPU:
                 self.pageable_bytes -= buffer.num_bytes

@@ -58,6 +58,11 @@ class Observer:
 
     def host_freed(self, buffer: Buffer) -> None: ...
 
+    def page_locked(self, buffer: Buffer) -> None:
+        """Ordinary host memory is registered with the driver."""
+
+    def page_unlocked(self, buffer: Buffer) -> None: ...
+
     def copied(self, copy: Copy) -> None:
         """A copy was asked for; a blocking one has ended with :meth:`synchronised` in effect."""
         if copy.is_blocking:

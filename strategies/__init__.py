@@ -16,6 +16,7 @@ from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
+from pipefit.strategies.streaming import Streaming
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
 
@@ -29,6 +30,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     VaeTiling(),
     GroupOffload(),
     Resident(),
+    Streaming(),
     ModelOffload(),
     SequentialOffload(),
 )

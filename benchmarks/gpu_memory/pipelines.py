@@ -29,9 +29,9 @@ from pipefit.cost_models.workload import Component
 from pipefit.planner.api import predict
 from pipefit.planner.apply import apply_options
 from pipefit.planner.host import read_host
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.channels_last import LEAST_CONV_SHARE
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 

@@ -432,7 +432,7 @@ def test_weights_take_the_blocks_and_segments_that_were_found(
     """Many tensors of 1 to 10 MiB cost SDXL 0.11 GiB of rests and 0.28 more of segments."""
     pytest.importorskip("torch")
     from pipefit.planner.build import build_pipeline
-    from pipefit.planner.trace import describe_component
+    from pipefit.strategies.describe import describe_component
     from pipefit.strategies.live import module_components
 
     pipe, _ = build_pipeline(pipeline)

@@ -339,7 +339,7 @@ def test_weights_on_disk_leave_what_is_said(tmp_path: Path, stored: str) -> None
 
 def catalogue_components(name: str) -> list[Component]:
     from pipefit.planner.build import build_pipeline
-    from pipefit.planner.trace import describe_component
+    from pipefit.strategies.describe import describe_component
     from pipefit.strategies.live import module_components
 
     pipe, _ = build_pipeline(name)

@@ -17,8 +17,8 @@ from pipefit.cost_models.memory import PhaseMemory, simulate
 from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.workload import Workload
 from pipefit.planner.plan import Rehearsal
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 

@@ -30,8 +30,8 @@ from pipefit.planner.catalog import find_gpu, reference_machine
 from pipefit.planner.plan import PredictedCall, Rehearsal
 from pipefit.planner.rehearse import on_stage, placements_of, rehearse
 from pipefit.planner.signatures import GPU
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Imitated, Option
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Kernel, Phase, Routine, Workload
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import traits_of
+from pipefit.strategies.describe import describe_component
 
 ADA = Gpu(
     name="rtx-4060",

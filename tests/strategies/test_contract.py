@@ -14,8 +14,8 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.serial import from_json, to_json
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import UnknownName
-from pipefit.planner.trace import describe_component
 from pipefit.strategies import BUILT_IN, strategy, traits_of
+from pipefit.strategies.describe import describe_component
 from pipefit.strategies.strategy import Option, Strategy
 
 NAMES = [one.name for one in BUILT_IN]

@@ -1,0 +1,480 @@
+"""The engine of ``streaming``: blocks of a component take turns in slots on the GPU.
+
+Each streamed block lies packed in one host buffer. Before its forward it is copied, as one
+transfer on a stream of its own, into a slot of a small ring; its parameters become views of that
+slot, and of the host buffer again afterwards, so that nothing is ever copied back. A slot that
+became free is filled at once with the block that comes next, by the order that the last forward
+showed: after the last block of a step comes the first of the next. Streams wait for each other by
+events; the host waits for nothing.
+
+What is easily got wrong: the copy into a slot must wait until the kernels that read its last block
+are done, and memory that is new to the copy stream may still be read by kernels queued before.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from pipefit.cost_models.blocks import Blocks, aligned
+from pipefit.cost_models.placement import Streaming
+from pipefit.strategies import page_locked
+from pipefit.strategies.live import LAYERWISE_CASTING_HOOK, diffusers_hook
+
+
+class Packed:
+    """Parameters one behind the other in a host buffer, and in copies of it elsewhere."""
+
+    def __init__(
+        self, parameters: Sequence[Any], host_memory: str, device: Any, file: str | None = None
+    ) -> None:
+        """Move *parameters* into a buffer of their own; in *file*, if it is given."""
+        self.parameters = list(parameters)
+        self._places = [one.device for one in parameters]
+        self._layout = []
+        end = 0
+        for one in parameters:
+            self._layout.append((end, one.dtype, one.shape, one.stride()))
+            end += aligned(one.numel() * one.element_size())
+        self.num_bytes = end
+        self.host = parameters[0].new_empty(end, dtype=torch.uint8, device="cpu")
+        self._unlock = None
+        if host_memory == "pinned" and device.type == "cuda":
+            self._unlock = page_locked.page_lock(self.host)
+            if self._unlock is None:
+                warnings.warn(
+                    f"{end} bytes of host memory could not be page-locked, so they are copied from "
+                    "ordinary memory, which is slower: raise `ulimit -l`, or plan with less RAM.",
+                    stacklevel=2,
+                )
+        try:
+            for one, view in zip(parameters, self.views_in(self.host), strict=True):
+                view.copy_(one.data)
+                one.data = view
+            if file is not None:
+                self.host = _mapped(self.host, file)
+        except BaseException:
+            self._release()
+            raise
+        self.host_views = self.views_in(self.host)
+        self.point_to(self.host_views)
+
+    def views_in(self, buffer: Any) -> list[Any]:
+        """Return what the parameters are in *buffer*, which holds a copy of the host's."""
+        return [
+            buffer[begin : begin + _span(shape) * dtype.itemsize]
+            .view(dtype)
+            .as_strided(shape, stride)
+            for begin, dtype, shape, stride in self._layout
+        ]
+
+    def point_to(self, views: Sequence[Any]) -> None:
+        """Let the parameters be *views*."""
+        for one, view in zip(self.parameters, views, strict=True):
+            one.data = view
+
+    def unpack(self) -> None:
+        """Give each parameter memory of its own again, where it was before."""
+        for one, view, place in zip(self.parameters, self.host_views, self._places, strict=True):
+            one.data = view.clone() if place.type == "cpu" else view.to(place)
+        self._release()
+
+    def _release(self) -> None:
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+
+def _span(shape: Sequence[int]) -> int:
+    size = 1
+    for one in shape:
+        size *= one
+    return size
+
+
+def _mapped(buffer: Any, file: str) -> Any:
+    """Write *buffer* to *file* and return it as mapped from there: pages come when they are read
+    and go when RAM is short."""
+    from safetensors import torch as safetensors
+
+    safetensors.save_file({"block": buffer}, file)
+    return safetensors.load_file(file)["block"]
+
+
+class CopyStream:
+    """Copies beside the stream that computes; on the CPU they are done at once."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self._backend = None if device.type == "cpu" else getattr(torch, device.type)
+        self._stream = None if self._backend is None else self._backend.Stream(device)
+
+    def event(self) -> Any:
+        """Return an event, not recorded yet; None where there are no streams."""
+        return None if self._backend is None else self._backend.Event()
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Queue a copy of *source*, which lies on the host."""
+        if self._backend is None:
+            target.copy_(source)
+            return
+        with self._backend.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def record(self, event: Any) -> None:
+        """Record *event* behind all copies queued so far."""
+        if event is not None:
+            event.record(self._stream)
+
+    def wait(self, event: Any) -> None:
+        """Let later copies wait for *event*."""
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def record_compute(self, event: Any) -> None:
+        """Record *event* behind all kernels queued so far."""
+        if event is not None:
+            event.record(self._backend.current_stream(self.device))
+
+    def let_compute_wait(self, event: Any) -> None:
+        """Let later kernels wait for *event*."""
+        if event is not None:
+            self._backend.current_stream(self.device).wait_event(event)
+
+    def synchronize(self) -> None:
+        """Let the host wait for all copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class _Slot:
+    """A buffer on the GPU and what is in it."""
+
+    __slots__ = ("block", "buffer", "drained", "filled", "is_awaited", "was_used")
+
+    def __init__(self, buffer: Any, stream: CopyStream) -> None:
+        self.buffer = buffer
+        self.block: _Block | None = None
+        self.filled, self.drained = stream.event(), stream.event()
+        self.is_awaited = self.was_used = False
+
+
+class _Block:
+    """A module whose parameters are packed, and where they are now."""
+
+    def __init__(self, module: Any, packed: Packed, *, is_streamed: bool) -> None:
+        self.module = module
+        self.packed = packed
+        self.is_streamed = is_streamed
+        self.is_running = False
+        self.home: _Slot | None = None
+        """The memory of a block that stays while the component is loaded."""
+        self.slot: _Slot | None = None
+        """Where it is, or is being copied to."""
+        self._views: dict[int, list[Any]] = {}
+
+    def views(self) -> list[Any]:
+        """Return the parameters in the slot that the block is in."""
+        slot = self.slot
+        assert slot is not None
+        found = self._views.get(id(slot))
+        if found is None:
+            found = self._views[id(slot)] = self.packed.views_in(slot.buffer)
+        return found
+
+    def forget_views(self) -> None:
+        """Let go of the slots' memory."""
+        self._views.clear()
+
+
+class Streamer:
+    """Streams one component on one device, from the construction until :meth:`close`."""
+
+    def __init__(
+        self,
+        module: Any,
+        cut: Blocks,
+        how: Streaming,
+        device: Any,
+        *,
+        disk_path: str | None = None,
+    ) -> None:
+        self._device = device
+        self._how = how
+        self._stream = CopyStream(device)
+        self._blocks: list[_Block] = []
+        self._foreseen: list[_Block] = []
+        """Those that the plan expects to run: until they have, the order is that of the tree."""
+        self._slot_bytes = 0
+        self._rest: Packed | None = None
+        self._rest_filled = self._stream.event()
+        self._handles: list[Any] = []
+        self._ring: list[_Slot] = []
+        self._free: deque[_Slot] = deque()
+        self._next: dict[_Block, _Block] = {}
+        self._last: _Block | None = None
+        self._is_loaded = self._is_awaited = False
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._pack(module, cut, disk_path)
+            if how.when_idle == "stay":
+                self.load()
+            undo.pop_all()
+
+    # -- weights
+
+    def _pack(self, module: Any, cut: Blocks, disk_path: str | None) -> None:
+        """Move what may leave the GPU into host buffers, and everything else to the GPU."""
+        how, device = self._how, self._device
+        leaves = how.when_idle == "leave"
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        streamed = {
+            *cut.streamed(how.resident_blocks),
+            *(number for number, block in enumerate(cut.blocks) if not block.is_called),
+        }
+        self._slot_bytes = cut.slot_bytes(how.resident_blocks)
+        for number, block in enumerate(cut.blocks):
+            if number not in streamed and not leaves:
+                continue
+            file = None if disk_path is None else os.path.join(disk_path, f"{number}.safetensors")
+            packed = Packed(
+                [parameters[tensor.path] for tensor in block.tensors],
+                how.host_memory,
+                device,
+                file,
+            )
+            part = module.get_submodule(block.path)
+            self._blocks.append(_Block(part, packed, is_streamed=number in streamed))
+            if block.is_called:
+                self._foreseen.append(self._blocks[-1])
+        if leaves and cut.rest:
+            file = None if disk_path is None else os.path.join(disk_path, "rest.safetensors")
+            self._rest = Packed(
+                [parameters[tensor.path] for tensor in cut.rest], how.host_memory, device, file
+            )
+        moved = {id(one) for block in self._blocks for one in block.packed.parameters}
+        if self._rest is not None:
+            moved |= {id(one) for one in self._rest.parameters}
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in moved:
+                tensor.data = tensor.data.to(device)
+        for block in self._blocks:
+            self._watch(block)
+        owners = {tensor.path.rpartition(".")[0] for tensor in cut.rest} if leaves else ()
+        for path in owners:
+            part = module.get_submodule(path)
+            self._handles.append(part.register_forward_pre_hook(lambda *_: self.begin_call()))
+
+    def _watch(self, block: _Block) -> None:
+        module = block.module
+        self._handles += [
+            module.register_forward_pre_hook(lambda *_: self._begin(block), prepend=True),
+            module.register_forward_hook(lambda *_: self._end(block), always_call=True),
+        ]
+        # A cast layer comes out of its forward with parameters in new memory.
+        positions = {id(one): place for place, one in enumerate(block.packed.parameters)}
+        for part in module.modules():
+            own = [one for one in part._parameters.values() if id(one) in positions]
+            if own and diffusers_hook(part, LAYERWISE_CASTING_HOOK) is not None:
+                self._handles.append(
+                    part.register_forward_hook(
+                        _putting_back(block, [(one, positions[id(one)]) for one in own])
+                    )
+                )
+
+    def load_ahead(self) -> None:
+        """Load while another component computes: what stays comes in whole before the own call."""
+        if self._is_loaded:
+            return
+        self.load()
+        for block in self._foreseen:
+            if block.home is not None and block.slot is None:
+                self._fill_home(block)
+
+    def load(self) -> None:
+        """Take the memory that the component needs on the GPU, and begin to fill it."""
+        if self._is_loaded:
+            return
+        stream = self._stream
+        if self._how.when_idle == "leave":
+            # What is allocated now may have been freed with kernels queued that still read it.
+            before = stream.event()
+            stream.record_compute(before)
+            stream.wait(before)
+        if self._rest is not None:
+            buffer = self._empty(self._rest.num_bytes)
+            stream.copy(buffer, self._rest.host)
+            stream.record(self._rest_filled)
+            self._rest.point_to(self._rest.views_in(buffer))
+        if self._slot_bytes:
+            count = self._how.num_slots
+            self._ring = [_Slot(self._empty(self._slot_bytes), stream) for _ in range(count)]
+        self._free = deque(self._ring)
+        for block in self._blocks:
+            if not block.is_streamed:
+                block.home = _Slot(self._empty(block.packed.num_bytes), stream)
+        self._is_loaded, self._is_awaited = True, False
+        if self._last is not None:
+            self._fill_from(self._after(self._last))
+        elif self._foreseen:
+            self._fill_from(self._foreseen[0])
+
+    def leave(self) -> None:
+        """Give back all memory on the GPU but that of buffers."""
+        if not self._is_loaded or self._how.when_idle == "stay":
+            return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        stream = self._stream
+        done = stream.event()
+        stream.record(done)
+        stream.let_compute_wait(done)  # the memory belongs to the computing stream
+        for block in self._blocks:
+            block.packed.point_to(block.packed.host_views)
+            block.home = block.slot = None
+            block.forget_views()
+        if self._rest is not None:
+            self._rest.point_to(self._rest.host_views)
+        self._ring, self._free = [], deque()
+        self._is_loaded = False
+
+    def close(self) -> None:
+        """Take the hooks off and give every packed parameter memory of its own again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._let_go()
+        self._stream.synchronize()
+        for packed in (*(block.packed for block in self._blocks), self._rest):
+            if packed is not None:
+                packed.unpack()
+        self._blocks, self._rest = [], None
+
+    def _empty(self, num_bytes: int) -> Any:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    # -- calls
+
+    def begin_call(self) -> None:
+        """Have the rest of the component on the GPU before anything runs."""
+        if not self._is_loaded:
+            self.load()
+        if not self._is_awaited:
+            self._is_awaited = True
+            if self._rest is not None:
+                self._stream.let_compute_wait(self._rest_filled)
+
+    def _begin(self, block: _Block) -> None:
+        self.begin_call()
+        if self._last is not None:
+            self._next[self._last] = block
+        self._last = block
+        slot = block.slot or self._fill_now(block)
+        if not slot.is_awaited:
+            self._stream.let_compute_wait(slot.filled)
+            slot.is_awaited = True
+        block.is_running = True
+        if block.is_streamed:
+            block.packed.point_to(block.views())
+
+    def _end(self, block: _Block) -> None:
+        block.is_running = False
+        slot = block.slot
+        if not block.is_streamed or slot is None:
+            return
+        block.packed.point_to(block.packed.host_views)
+        self._stream.record_compute(slot.drained)
+        slot.was_used = True
+        slot.block = block.slot = None
+        if slot in self._ring:
+            self._free.append(slot)
+        else:
+            block.forget_views()
+        if self._foreseen:
+            self._fill_from(self._after(block))
+
+    # -- copies
+
+    def _after(self, block: _Block) -> _Block:
+        """Return the block that came after *block* last time; before that, by the module tree."""
+        found = self._next.get(block)
+        if found is None:
+            order = self._foreseen
+            place = order.index(block) + 1 if block in order else 0
+            found = self._next[block] = order[place % len(order)]
+        return found
+
+    def _fill_from(self, block: _Block) -> None:
+        """Copy what comes next, from *block* on, as far ahead as slots and look-ahead allow."""
+        num_ahead = 0
+        for _ in range(len(self._blocks)):
+            if block.is_streamed:
+                if num_ahead == self._how.look_ahead or block.packed.num_bytes > self._slot_bytes:
+                    return
+                num_ahead += 1
+                if block.slot is None:
+                    if not self._free:
+                        return
+                    self._fill(block, self._free.popleft())
+            elif block.slot is None:
+                self._fill_home(block)
+            block = self._after(block)
+
+    def _fill_now(self, block: _Block) -> _Slot:
+        """Copy *block*, which nobody foresaw, in place of what is least soon needed."""
+        if not block.is_streamed:
+            return self._fill_home(block)
+        if block.packed.num_bytes > self._slot_bytes:
+            slot = _Slot(self._empty(block.packed.num_bytes), self._stream)
+            self._stream.record_compute(slot.drained)  # of whoever had that memory before
+            slot.was_used = True
+            self._fill(block, slot)
+            return slot
+        if not self._free:
+            idle = [s for s in self._ring if s.block is not None and not s.block.is_running]
+            if not idle:
+                raise RuntimeError(
+                    "A streamed block calls another one while it runs, and all slots are taken: "
+                    f"plan with num_slots above {len(self._ring)}."
+                )
+            taken = idle[-1]
+            assert taken.block is not None
+            taken.block.slot = None
+            self._free.append(taken)
+        slot = self._free.popleft()
+        self._fill(block, slot)
+        return slot
+
+    def _fill_home(self, block: _Block) -> _Slot:
+        slot = block.home
+        assert slot is not None
+        self._fill(block, slot)
+        block.packed.point_to(block.views())
+        return slot
+
+    def _fill(self, block: _Block, slot: _Slot) -> None:
+        stream = self._stream
+        if slot.was_used:
+            stream.wait(slot.drained)
+        stream.copy(slot.buffer[: block.packed.num_bytes], block.packed.host)
+        stream.record(slot.filled)
+        slot.is_awaited = False
+        slot.block, block.slot = block, slot
+
+
+def _putting_back(block: _Block, own: Sequence[tuple[Any, int]]) -> Callable[..., None]:
+    """Return a forward hook that points parameters at the block's slot again."""
+
+    def put_back(*_: Any) -> None:
+        views = block.views()
+        for one, place in own:
+            one.data = views[place]
+
+    return put_back
