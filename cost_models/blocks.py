@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipefit.cost_models.residency import ByIdentity, children_of, storage_of
-from pipefit.cost_models.workload import Component, TensorInfo
+from pipefit.cost_models.workload import CallOrder, Component, TensorInfo, without_numbers
 
 UNSPLITTABLE = "unsplittable_modules"
 """Trait: paths of modules that read their children's weights without calling them."""
@@ -62,7 +62,7 @@ class Blocks:
     """A component, cut."""
 
     blocks: tuple[Block, ...]
-    """In the order of the module tree."""
+    """In the order in which they are called, as far as is known; else in that of the tree."""
     rest: tuple[TensorInfo, ...]
     """Parameters outside of blocks; tied ones once."""
     buffers: tuple[TensorInfo, ...]
@@ -117,16 +117,24 @@ def is_large(component: Component, path: str, max_block_bytes: int) -> bool:
     return num_bytes * SMALLEST_SHARE >= max_block_bytes
 
 
-def blocks_of(component: Component, max_block_bytes: int, uncalled: tuple[str, ...] = ()) -> Blocks:
+def blocks_of(
+    component: Component,
+    max_block_bytes: int,
+    uncalled: tuple[str, ...] = (),
+    order: CallOrder = (),
+) -> Blocks:
     """Return the cut of *component* into blocks of at most *max_block_bytes* where that can be.
 
     *uncalled* are modules that the planned call does not enter: blocks of their own, of any size.
+    *order* says where children are called in another order than they are listed.
     """
-    return _blocks_of(ByIdentity(component), max_block_bytes, uncalled)
+    return _blocks_of(ByIdentity(component), max_block_bytes, uncalled, order)
 
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
-def _blocks_of(of: ByIdentity, max_block_bytes: int, uncalled: tuple[str, ...]) -> Blocks:
+def _blocks_of(
+    of: ByIdentity, max_block_bytes: int, uncalled: tuple[str, ...], order: CallOrder
+) -> Blocks:
     component = of.component
     children = children_of(component)
     containers = {module.path for module in component.modules if module.is_container}
@@ -137,6 +145,7 @@ def _blocks_of(of: ByIdentity, max_block_bytes: int, uncalled: tuple[str, ...]) 
             for path in modules_above(tensor.path):
                 sizes[path] = sizes.get(path, 0) + tensor.num_bytes
     paths: dict[str, bool] = {}
+    orders = dict(order)
 
     def cut(path: str) -> None:
         num_bytes = sizes.get(path, 0)
@@ -151,7 +160,11 @@ def _blocks_of(of: ByIdentity, max_block_bytes: int, uncalled: tuple[str, ...]) 
                 return
             if path in whole or not children.get(path):
                 return
-        for child in children.get(path, ()):
+        ranks = {name: i for i, name in enumerate(orders.get(without_numbers(path), ()))}
+        for child in sorted(
+            children.get(path, ()),
+            key=lambda child: ranks.get(child.rpartition(".")[2], len(ranks)),
+        ):
             cut(child)
 
     cut("")

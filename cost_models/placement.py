@@ -72,6 +72,8 @@ class Streaming:
     max_block_bytes: int = MAX_BLOCK_BYTES
     uncalled_modules: tuple[str, ...] = ()
     """What the planned call does not enter: stays on the host unless a call does all the same."""
+    call_order: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """``workload.call_order``: where children are called in another order than they are listed."""
 
 
 Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming

@@ -65,7 +65,9 @@ class StreamedBytes:
 
 def cut_of(component: Component, placement: Streaming) -> Blocks:
     """Return the blocks that *placement* divides *component* into."""
-    return blocks_of(component, placement.max_block_bytes, placement.uncalled_modules)
+    return blocks_of(
+        component, placement.max_block_bytes, placement.uncalled_modules, placement.call_order
+    )
 
 
 def streamed_bytes(component: Component, placement: Streaming) -> StreamedBytes:

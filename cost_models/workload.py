@@ -37,6 +37,9 @@ from typing import Any, Literal
 
 Event = tuple[Any, ...]
 
+CallOrder = tuple[tuple[str, tuple[str, ...]], ...]
+"""(path of a module without its numbers, its children in the order in which it calls them)."""
+
 KernelKind = Literal["conv", "gemm", "attention", "norm", "elementwise", "copy", "index", "reduce"]
 
 
@@ -208,7 +211,7 @@ def uncalled_modules(workload: Workload, component: str) -> tuple[str, ...]:
     The vision tower of a language model that reads text alone, the encoder of an autoencoder that
     only decodes. Containers, which nobody calls anyway, are not named, but what lies in them.
     """
-    called = _called_modules(workload).get(component, set())
+    called = _called_modules(workload, component)
     found: list[str] = []
     for module in workload.component(component).modules:
         path = module.path
@@ -219,27 +222,53 @@ def uncalled_modules(workload: Workload, component: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _called_modules(workload: Workload) -> dict[str, set[str]]:
-    """Return the modules that are called, and all above them, by component."""
-    called: dict[str, set[str]] = {}
+def call_order(workload: Workload, component: str) -> CallOrder:
+    """Return in which order modules of *component* call their children, where that is not theirs.
+
+    The key is the path of the parent with its numbers left out, because blocks are alike.
+    """
+    called: dict[str, list[str]] = {}
+    for path in _called_modules(workload, component):
+        called.setdefault(path.rpartition(".")[0], []).append(path)
+    places = {module.path: i for i, module in enumerate(workload.component(component).modules)}
+    found: dict[str, tuple[str, ...]] = {}
+    for parent, children in called.items():
+        if children != sorted(children, key=lambda path: places.get(path, -1)):
+            names = tuple(child.rpartition(".")[2] for child in children)
+            found.setdefault(without_numbers(parent), names)
+    return tuple(sorted(found.items()))
+
+
+def without_numbers(path: str) -> str:
+    """Return what is common to the paths of blocks that are alike.
+
+    >>> without_numbers("blocks.3.ff.net.0")
+    'blocks.*.ff.net.*'
+    """
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
+
+
+def _called_modules(workload: Workload, component: str) -> tuple[str, ...]:
+    """Return the modules of *component* that are called, and all above them, as first called."""
+    called: dict[str, None] = {}
     seen: set[tuple[int, str, str]] = set()
 
-    def walk(routine: int, component: str, path: str) -> None:
-        if (routine, component, path) in seen:
+    def walk(routine: int, owner: str, path: str) -> None:
+        if (routine, owner, path) in seen:
             return
-        seen.add((routine, component, path))
-        above = path
-        while above:
-            called.setdefault(component, set()).add(above)
-            above = above.rpartition(".")[0]
+        seen.add((routine, owner, path))
+        if owner == component:
+            for end in (*(i for i, letter in enumerate(path) if letter == "."), len(path)):
+                called.setdefault(path[:end])
         for event in workload.routines[routine].events:
             if event[0] == "c":
-                walk(event[1], *split_path(event[2], component, path))
+                walk(event[1], *split_path(event[2], owner, path))
 
     for event in workload.root:
         if event[0] == "c":
             walk(event[1], *split_path(event[2], "", ""))
-    return called
+    called.pop("", None)
+    return tuple(called)
 
 
 def _lies_in(path: str, ancestor: str) -> bool:

@@ -210,7 +210,7 @@ class Streamer:
         self._stream = CopyStream(device)
         self._blocks: list[_Block] = []
         self._foreseen: list[_Block] = []
-        """Those that the plan expects to run: until they have, the order is that of the tree."""
+        """Those that the plan expects to run, in that order until it has been seen."""
         self._slot_bytes = 0
         self._rest: Packed | None = None
         self._rest_filled = self._stream.event()
@@ -403,12 +403,12 @@ class Streamer:
     # -- copies
 
     def _after(self, block: _Block) -> _Block:
-        """Return the block that came after *block* last time; before that, by the module tree."""
+        """Return the block that came after *block* last time; before that, as the plan has it."""
         found = self._next.get(block)
         if found is None:
             order = self._foreseen
             place = order.index(block) + 1 if block in order else 0
-            found = self._next[block] = order[place % len(order)]
+            found = order[place % len(order)]
         return found
 
     def _fill_from(self, block: _Block) -> None:
@@ -438,18 +438,27 @@ class Streamer:
             self._fill(block, slot)
             return slot
         if not self._free:
-            idle = [s for s in self._ring if s.block is not None and not s.block.is_running]
-            if not idle:
-                raise RuntimeError(
-                    "A streamed block calls another one while it runs, and all slots are taken: "
-                    f"plan with num_slots above {len(self._ring)}."
-                )
-            taken = idle[-1]
-            assert taken.block is not None
-            taken.block.slot = None
-            self._free.append(taken)
+            self._free.append(self._least_soon(block))
         slot = self._free.popleft()
         self._fill(block, slot)
+        return slot
+
+    def _least_soon(self, block: _Block) -> _Slot:
+        """Take a slot from the block that will be needed last once *block* has run."""
+        idle = {s.block: s for s in self._ring if s.block is not None and not s.block.is_running}
+        if not idle:
+            raise RuntimeError(
+                "A streamed block calls another one while it runs, and all slots are taken: plan "
+                f"with num_slots above {len(self._ring)}."
+            )
+        following = block
+        for _ in self._blocks:
+            if len(idle) == 1:
+                break
+            following = self._after(following)
+            idle.pop(following, None)
+        taken, slot = idle.popitem()
+        taken.slot = slot.block = None
         return slot
 
     def _fill_home(self, block: _Block) -> _Slot:

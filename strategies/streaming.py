@@ -20,9 +20,17 @@ from itertools import pairwise
 from typing import Any
 
 from pipefit.cost_models import placement
-from pipefit.cost_models.blocks import UNSPLITTABLE, Blocks, blocks_of, is_large
+from pipefit.cost_models.blocks import UNSPLITTABLE, Blocks, is_large, modules_above
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.workload import Component, Workload, calling_order, uncalled_modules
+from pipefit.cost_models.streaming import cut_of
+from pipefit.cost_models.workload import (
+    Component,
+    Workload,
+    call_order,
+    calling_order,
+    uncalled_modules,
+    without_numbers,
+)
 from pipefit.errors import UnsupportedPipeline
 from pipefit.strategies.live import (
     ACCELERATE_HOOK,
@@ -43,6 +51,7 @@ PARAMETERS = (
     "disk_path",
     "max_block_bytes",
     "uncalled_modules",
+    "call_order",
 )
 
 NUM_LEVELS = 16
@@ -98,21 +107,20 @@ class Streaming:
         if gpu.unified_memory or gpu.architecture == "apple":
             return ()
         order = calling_order(workload)
-        uncalled = tuple(
-            path
-            for path in uncalled_modules(workload, component.name)
-            if is_large(component, path, placement.MAX_BLOCK_BYTES)
-        )
-        count = len(blocks_of(component, placement.MAX_BLOCK_BYTES, uncalled).called)
+        told = _told(component, workload)
+        count = len(_cut(component, told).called)
         levels = sorted({round(count * level / NUM_LEVELS) for level in range(NUM_LEVELS + 1)})
         offered: list[dict[str, Any]] = []
         for resident in levels:
             for num_slots in OFFERED_SLOTS if resident < count else (1,):
                 if num_slots > max(1, count - resident):
                     continue
-                one = {"resident_blocks": resident, "num_slots": num_slots, "look_ahead": num_slots}
-                if uncalled:
-                    one["uncalled_modules"] = list(uncalled)
+                one = {
+                    "resident_blocks": resident,
+                    "num_slots": num_slots,
+                    "look_ahead": num_slots,
+                    **told,
+                }
                 if resident < count:
                     offered.append(one)
                 if len(set(order)) > 1:
@@ -149,6 +157,9 @@ class Streaming:
         """The same parameters as data."""
         given = {"resident_blocks": 0, **parameters}
         given["uncalled_modules"] = tuple(given.get("uncalled_modules", ()))
+        given["call_order"] = tuple(
+            (parent, tuple(names)) for parent, names in given.get("call_order", {}).items()
+        )
         if given.pop("disk_path", None) is not None:
             given["host_memory"] = "disk"
         if "num_slots" in given:
@@ -210,12 +221,30 @@ def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _told(component: Component, workload: Workload) -> dict[str, Any]:
+    """Return what the trace knows about *component* and its structure does not tell."""
+    uncalled = [
+        path
+        for path in uncalled_modules(workload, component.name)
+        if is_large(component, path, placement.MAX_BLOCK_BYTES)
+    ]
+    blocks = _cut(component, {"uncalled_modules": uncalled}).blocks
+    divided = {
+        without_numbers(path)
+        for block in blocks
+        for path in (block.path, *modules_above(block.path))
+    }
+    order: dict[str, list[str]] = {}
+    for parent, names in call_order(workload, component.name):
+        kept = [name for name in names if f"{parent}.{name}".lstrip(".") in divided]
+        if parent in divided and len(kept) > 1:
+            order[parent] = kept
+    told: dict[str, Any] = {"uncalled_modules": uncalled, "call_order": order}
+    return {key: value for key, value in told.items() if value}
+
+
 def _cut(component: Component, parameters: Mapping[str, Any]) -> Blocks:
-    return blocks_of(
-        component,
-        parameters.get("max_block_bytes", placement.MAX_BLOCK_BYTES),
-        tuple(parameters.get("uncalled_modules", ())),
-    )
+    return cut_of(component, Streaming().placement(parameters))
 
 
 def _called_before(order: Sequence[str], name: str) -> str | None:
