@@ -34,8 +34,8 @@ from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Imitated, Option
 
-DISK = "offload_to_disk_path"
-"""The parameter of group offload that names a folder."""
+FOLDERS = ("offload_to_disk_path", "disk_path")
+"""Parameters that name a folder for weights: of group offload and of streaming."""
 
 
 @contextlib.contextmanager
@@ -147,9 +147,13 @@ def _imitate(options: Sequence[Option], twin: Any) -> None:
 def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
     """Return what there is left to apply, with *folder* in place of those that hold weights."""
     return [
-        replace(option, parameters={**option.parameters, DISK: folder})
-        if option.parameters.get(DISK)
-        else option
+        replace(
+            option,
+            parameters={
+                key: folder if key in FOLDERS and value else value
+                for key, value in option.parameters.items()
+            },
+        )
         for option in options
         if not _is_imitated(option)
     ]

@@ -212,7 +212,7 @@ def catalogue_report(catalogue: Mapping[str, Sequence[Mapping[str, Any]]]) -> Re
 
 
 def describe_option(option: Option) -> str:
-    """Return an option in short, without its component and what it leaves off.
+    """Return an option in short, without its component, what it leaves off, and tables of facts.
 
     >>> describe_option(Option(strategy="vae_tiling", parameters={"tile_px": 512, "stream": False}))
     'vae_tiling: tile_px=512'
@@ -222,7 +222,7 @@ def describe_option(option: Option) -> str:
     parts = [
         name if value is True else f"{name}={'+'.join(value) if isinstance(value, list) else value}"
         for name, value in option.parameters.items()
-        if value is not None and value is not False
+        if value is not None and value is not False and not isinstance(value, dict)
     ]
     return f"{option.strategy}: {', '.join(parts)}" if parts else option.strategy
 

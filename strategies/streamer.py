@@ -63,6 +63,8 @@ class Packed:
             self._release()
             raise
         self.host_views = self.views_in(self.host)
+        self.views = self.host_views
+        """What the parameters are now."""
         self.point_to(self.host_views)
 
     def views_in(self, buffer: Any) -> list[Any]:
@@ -74,8 +76,9 @@ class Packed:
             for begin, dtype, shape, stride in self._layout
         ]
 
-    def point_to(self, views: Sequence[Any]) -> None:
+    def point_to(self, views: list[Any]) -> None:
         """Let the parameters be *views*."""
+        self.views = views
         for one, view in zip(self.parameters, views, strict=True):
             one.data = view
 
@@ -266,6 +269,8 @@ class Streamer:
                 tensor.data = tensor.data.to(device)
         for block in self._blocks:
             self._watch(block)
+        if self._rest is not None:
+            self._keep_packed(module, self._rest)
         owners = {tensor.path.rpartition(".")[0] for tensor in cut.rest} if leaves else ()
         for path in owners:
             part = module.get_submodule(path)
@@ -277,16 +282,19 @@ class Streamer:
             module.register_forward_pre_hook(lambda *_: self._begin(block), prepend=True),
             module.register_forward_hook(lambda *_: self._end(block), always_call=True),
         ]
-        # A cast layer comes out of its forward with parameters in new memory.
-        positions = {id(one): place for place, one in enumerate(block.packed.parameters)}
+        self._keep_packed(module, block.packed)
+
+    def _keep_packed(self, module: Any, packed: Packed) -> None:
+        """Let layers that are cast point at the buffer again after their forward.
+
+        diffusers casts a layer's parameters up before it and down after it, into new memory.
+        """
+        places = {id(one): place for place, one in enumerate(packed.parameters)}
         for part in module.modules():
-            own = [one for one in part._parameters.values() if id(one) in positions]
+            own = [one for one in part._parameters.values() if id(one) in places]
             if own and diffusers_hook(part, LAYERWISE_CASTING_HOOK) is not None:
-                self._handles.append(
-                    part.register_forward_hook(
-                        _putting_back(block, [(one, positions[id(one)]) for one in own])
-                    )
-                )
+                put_back = _putting_back(packed, [(one, places[id(one)]) for one in own])
+                self._handles.append(part.register_forward_hook(put_back))
 
     def load_ahead(self) -> None:
         """Load while another component computes: what stays comes in whole before the own call."""
@@ -478,12 +486,11 @@ class Streamer:
         slot.block, block.slot = block, slot
 
 
-def _putting_back(block: _Block, own: Sequence[tuple[Any, int]]) -> Callable[..., None]:
-    """Return a forward hook that points parameters at the block's slot again."""
+def _putting_back(packed: Packed, own: Sequence[tuple[Any, int]]) -> Callable[..., None]:
+    """Return a forward hook that makes parameters the views again that they last were."""
 
     def put_back(*_: Any) -> None:
-        views = block.views()
         for one, place in own:
-            one.data = views[place]
+            one.data = packed.views[place]
 
     return put_back

@@ -53,6 +53,9 @@ STREAM = {"use_stream": True}
 DISK = {"offload_to_disk_path": "weights"}
 """A rehearsal puts a folder of its own in the place of this one, which is not there."""
 
+SOME_STAY = {"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10}
+"""Of small models: one block or more is streamed."""
+
 FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
     "quantization": (
@@ -94,6 +97,15 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {**BLOCKS, **STREAM},
     ),
     "resident": ({},),
+    "streaming": (
+        {**SOME_STAY, "when_idle": "leave"},
+        SOME_STAY,
+        {**SOME_STAY, "num_slots": 1, "look_ahead": 0},
+        {**SOME_STAY, "host_memory": "pageable"},
+        {**SOME_STAY, "disk_path": "weights"},
+        {**SOME_STAY, "when_idle": "leave", "load_with": "text_encoder"},
+        {**SOME_STAY, "resident_blocks": 0, "num_slots": 3},
+    ),
     "model_offload": ({},),
     "sequential_offload": ({},),
 }
