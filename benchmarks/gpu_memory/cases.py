@@ -405,6 +405,11 @@ def allocator_cases() -> list[Case]:
     return cases
 
 
+UNFINISHED = ("stopped", "missing")
+"""Outcomes of rows that a later run measures again: the run's time was over, or a package that the
+row is about was not installed."""
+
+
 def finished(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys that need no second look: all but those that ran out of the run's time."""
-    return {row["key"] for row in rows if row["outcome"] != "stopped"}
+    """Return the keys that need no second look."""
+    return {row["key"] for row in rows if row["outcome"] not in UNFINISHED}
