@@ -15,7 +15,11 @@ from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.units import DTYPE_BYTES
 from pipefit.planner.catalog import find_gpu, pipeline_entry
 
-Kind = Literal["context", "transfer", "allocator", "kernel", "pipeline"]
+Kind = Literal[
+    "context", "transfer", "allocator", "kernel", "pipeline",
+    "link", "resident", "streaming", "group_offload", "mmgp",
+]  # fmt: skip
+"""The second line is those of ``benchmarks/streaming_gpu.py``."""
 
 NUM_STEPS = 2
 """Denoising steps of a measured call: peaks repeat from the second step on (the first has no
@@ -406,8 +410,8 @@ def allocator_cases() -> list[Case]:
 
 
 UNFINISHED = ("stopped", "missing")
-"""Outcomes of rows that a later run measures again: the run's time was over, or a package that the
-row is about was not installed."""
+"""Outcomes of rows that a later run measures again: the run's time was over, or what the
+row needs was not there yet."""
 
 
 def finished(rows: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -64,6 +64,10 @@ BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_
 """What an error says after which nothing works on the device in this process any more."""
 
 
+class Missing(Exception):
+    """What a row needs is not there yet: a package, or what another row measures."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A case that can be measured at once."""
@@ -179,8 +183,8 @@ def measured_row(prepared: Prepared, counter: Counter, limit_s: float) -> dict[s
     row: dict[str, Any] = {"outcome": "measured", "measured": None, "error": None}
     try:
         measured = prepared.measure(counter, start_s + limit_s)
-    except ModuleNotFoundError as error:
-        row |= {"outcome": "missing", "error": in_words(error)}
+    except Missing as error:
+        row |= {"outcome": "missing", "error": str(error)}
     except Exception as error:  # one row's failure is not the run's
         traceback.print_exc()
         outcome = "out of memory" if is_out_of_memory(error) else "error"
