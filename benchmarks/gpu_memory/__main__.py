@@ -74,14 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(cases: Sequence[Case], asked: argparse.Namespace) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PIPEFIT_CACHE", str(asked.out.resolve() / "traces"))
-    gpu, driver = _this_gpu(asked.device)
-    machine = {
-        "gpu_name": gpu.name,
-        "driver": driver,
-        "gpu": to_json(gpu),
-        "allocator": next((os.environ[n] for n in ALLOCATOR_VARIABLES if n in os.environ), ""),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu_memory", *sys.argv[1:]]),
-    }
+    gpu, machine = this_machine(asked.device, "benchmarks.gpu_memory")
     rows = RowFile(asked.out / "rows.jsonl")
     with (asked.out / "worker.log").open("a", encoding="utf-8") as log:
         left = run(
@@ -95,9 +88,25 @@ def _measure(cases: Sequence[Case], asked: argparse.Namespace) -> int:
             started=lambda software: check_same(asked.out, {**machine, "software": software}),
         )
     if (asked.out / "machine.json").exists():
-        write_report(asked.out, _machine(asked.out), rows.rows)
+        write_report(asked.out, machine_in(asked.out), rows.rows)
     print(f"{len(rows.rows)} rows in {asked.out}, {len(left)} left; the same command goes on.")
     return 0
+
+
+def this_machine(device: str, module: str) -> tuple[Gpu, dict[str, Any]]:
+    """Return the GPU that rows are measured on, and what their file says of it and of the command.
+
+    Raises:
+        InvalidRequest: if there is no such GPU.
+    """
+    gpu, driver = _this_gpu(device)
+    return gpu, {
+        "gpu_name": gpu.name,
+        "driver": driver,
+        "gpu": to_json(gpu),
+        "allocator": next((os.environ[n] for n in ALLOCATOR_VARIABLES if n in os.environ), ""),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+    }
 
 
 def _this_gpu(device: str) -> tuple[Gpu, str]:
@@ -114,7 +123,8 @@ def _this_gpu(device: str) -> tuple[Gpu, str]:
     return gpus[index], driver
 
 
-def _machine(folder: Path) -> dict[str, Any]:
+def machine_in(folder: Path) -> dict[str, Any]:
+    """Return what the rows in *folder* were measured on."""
     path = folder / "machine.json"
     if not path.exists():
         raise InvalidRequest(f"There are no rows in {folder}: measure some first.")
@@ -125,7 +135,7 @@ def _machine(folder: Path) -> dict[str, Any]:
 def _report(folder: Path) -> int:
     from benchmarks.gpu_memory.worker import predicted, prepare, software
 
-    machine = _machine(folder)
+    machine = machine_in(folder)
     for name, version in software().items():
         if name in LIBRARIES and version != machine["software"][name]:
             print(

@@ -15,7 +15,11 @@ from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.units import DTYPE_BYTES
 from pipefit.planner.catalog import find_gpu, pipeline_entry
 
-Kind = Literal["context", "transfer", "allocator", "kernel", "pipeline"]
+Kind = Literal[
+    "context", "transfer", "allocator", "kernel", "pipeline",
+    "link", "resident", "streaming", "group_offload", "mmgp",
+]  # fmt: skip
+"""The second line is those of ``benchmarks/streaming_gpu.py``."""
 
 NUM_STEPS = 2
 """Denoising steps of a measured call: peaks repeat from the second step on (the first has no
@@ -405,6 +409,11 @@ def allocator_cases() -> list[Case]:
     return cases
 
 
+UNFINISHED = ("stopped", "missing")
+"""Outcomes of rows that a later run measures again: the run's time was over, or what the
+row needs was not there yet."""
+
+
 def finished(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys that need no second look: all but those that ran out of the run's time."""
-    return {row["key"] for row in rows if row["outcome"] != "stopped"}
+    """Return the keys that need no second look."""
+    return {row["key"] for row in rows if row["outcome"] not in UNFINISHED}

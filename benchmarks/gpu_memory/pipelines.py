@@ -53,6 +53,12 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     },
     "block": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True},
+    "block-record-stream": {
+        "offload_type": "block_level",
+        "num_blocks_per_group": 1,
+        "use_stream": True,
+        "record_stream": True,
+    },
 }
 """Parameters of group offloading by configuration."""
 
@@ -125,10 +131,13 @@ def compile_modules(pipe: Any, mode: str) -> list[str]:
 # -- weights
 
 
-def give_weights(pipe: Any, device: torch.device | None) -> None:
+def give_weights(
+    pipe: Any, device: torch.device | None, *, drawn_on: torch.device | None = None
+) -> None:
     """Give every tensor of *pipe* that is on the meta device data, on *device*; None: on the host.
 
-    In the order in which ``module.to(device)`` walks a module, so that the allocator sees what a
+    There they are zeros, or random where *drawn_on* says on which device they are drawn first. In
+    the order in which ``module.to(device)`` walks a module, so that the allocator sees what a
     load and a move would show it; tied tensors stay tied.
     """
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -137,7 +146,12 @@ def give_weights(pipe: Any, device: torch.device | None) -> None:
         if not tensor.is_meta and device in (None, tensor.device):
             return tensor
         if id(tensor) not in made:
-            data = tensor.data.to(device) if not tensor.is_meta else _data(tensor, device)
+            if not tensor.is_meta:
+                data = tensor.data.to(device)
+            elif device is None and drawn_on is not None:
+                data = _data(tensor, drawn_on).to("cpu")
+            else:
+                data = _data(tensor, device)
             if isinstance(tensor, torch.nn.Parameter):
                 data = torch.nn.Parameter(data, requires_grad=False)
             made[id(tensor)] = tensor, data  # the original is kept, or its id would be given away

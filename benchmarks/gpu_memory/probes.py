@@ -98,7 +98,7 @@ def measure_transfers(counter: Counter) -> dict[str, Any]:
         for kind in ("pinned", "pageable"):
             here = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=kind == "pinned")
             for direction, target, source in (("h2d", there, here), ("d2h", here, there)):
-                seconds = _copy_seconds(lambda t=target, s=source: t.copy_(s))
+                seconds = copy_seconds(lambda t=target, s=source: t.copy_(s))
                 rates.append(
                     {
                         "kind": kind,
@@ -108,21 +108,21 @@ def measure_transfers(counter: Counter) -> dict[str, Any]:
                     }
                 )
             del here
-        seconds = _copy_seconds(there.cpu)
+        seconds = copy_seconds(there.cpu)
         fresh = {"kind": "fresh pages", "direction": "d2h", "num_bytes": num_bytes}
         rates.append({**fresh, "bytes_per_s": num_bytes / seconds})
         del there
     return {"rates": rates, "pinning": pinning}
 
 
-def _copy_seconds(copy: Any) -> float:
+def copy_seconds(copy: Any, synchronize: Any = torch.cuda.synchronize) -> float:
     """Return the median time of *copy*, the first one left out."""
     times = []
     for _ in range(COPY_REPEATS + 1):
-        torch.cuda.synchronize()
+        synchronize()
         start_s = time.perf_counter()
         copy()
-        torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - start_s)
     return statistics.median(times[1:])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_memory.cases import Case
+from benchmarks.gpu_memory.cases import UNFINISHED, Case
 from pipefit.cost_models.units import GIB, MIB
 
 SCHEMA = "pipefit.gpu_memory/1"
@@ -20,10 +20,15 @@ CASE_FIELDS = ("key", "kind", "parameters", "environment")
 
 def write_report(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write ``gpu_memory.json`` and ``gpu_memory.md`` into *folder*."""
-    head = json.dumps({"schema": SCHEMA, **machine}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(json.dumps(row) for row in rows)  # one line a row: events are long
-    (folder / "gpu_memory.json").write_text(f'{head},\n "rows": [\n{lines}\n]}}\n', "utf-8")
+    write_json(folder / "gpu_memory.json", SCHEMA, machine, rows)
     (folder / "gpu_memory.md").write_text("\n".join(_lines(machine, rows)) + "\n", "utf-8")
+
+
+def write_json(path: Path, schema: str, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write what the rows were measured on and the rows."""
+    head = json.dumps({"schema": schema, **machine}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row) for row in rows)  # one line a row: events are long
+    path.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n', "utf-8")
 
 
 def case_of(row: Row) -> Case:
@@ -33,14 +38,7 @@ def case_of(row: Row) -> Case:
 
 
 def _lines(machine: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
-    software = machine["software"]
-    versions = ", ".join(f"{name} {version}" for name, version in software.items())
-    yield f"# Predicted and measured memory: {machine['gpu_name']}"
-    yield ""
-    yield f"Command: `{machine['command']}`. Driver {machine['driver']}; {versions}."
-    yield f"Allocator: {machine['allocator'] or 'native, default settings'}."
-    yield ""
-    yield from _outcomes(rows)
+    yield from heading("Predicted and measured memory", machine, rows)
     yield from _pipelines([row for row in rows if row["kind"] == "pipeline"])
     yield from _cards([row for row in rows if row["kind"] == "pipeline"])
     yield from _kernels([row for row in rows if row["kind"] == "kernel"])
@@ -54,16 +52,29 @@ def _lines(machine: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
             yield f"- {row['key']}: {row['error'] or row['prediction_error']}"
 
 
+def heading(title: str, machine: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
+    """Yield the title, what the rows were measured with, and how many there are."""
+    software = machine["software"]
+    versions = ", ".join(f"{name} {version}" for name, version in software.items())
+    yield f"# {title}: {machine['gpu_name']}"
+    yield ""
+    yield f"Command: `{machine['command']}`. Driver {machine['driver']}; {versions}."
+    yield f"Allocator: {machine['allocator'] or 'native, default settings'}."
+    yield ""
+    yield from _outcomes(rows)
+
+
 def _outcomes(rows: Sequence[Row]) -> Iterable[str]:
     counts = {
         outcome: sum(row["outcome"] == outcome for row in rows)
-        for outcome in ("measured", "out of memory", "error", "stopped")
+        for outcome in ("measured", "out of memory", "error", *UNFINISHED)
     }
     yield f"{len(rows)} rows: {', '.join(f'{n} {outcome}' for outcome, n in counts.items() if n)}."
     yield ""
 
 
-def _table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str]:
+def table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str]:
+    """Yield a section with a table; nothing if it would have no lines."""
     body = list(lines)
     if not body:
         return
@@ -121,7 +132,7 @@ def _pipelines(rows: Sequence[Row]) -> Iterable[str]:
     head = ["phase"]
     for peak in PEAKS:
         head += [f"{peak.split('_')[0]}, predicted", "measured", "error"]
-    yield from _table("Pipelines, GiB", head, lines())
+    yield from table("Pipelines, GiB", head, lines())
     for peak in PEAKS:
         errors = [
             error
@@ -164,7 +175,7 @@ def _cards(rows: Sequence[Row]) -> Iterable[str]:
                 ]  # fmt: skip
 
     head = ("configuration", "card", "predicted", "measured", "how", "agree")
-    yield from _table("Cards", head, lines())
+    yield from table("Cards", head, lines())
 
 
 def _kernels(rows: Sequence[Row]) -> Iterable[str]:
@@ -189,7 +200,7 @@ def _kernels(rows: Sequence[Row]) -> Iterable[str]:
         "kernel", "growth, predicted", "measured", "error",
         "workspace, predicted", "beyond the result, measured", "in a second call",
     )  # fmt: skip
-    yield from _table("Kernels, MiB", head, lines())
+    yield from table("Kernels, MiB", head, lines())
 
 
 def _mib(num_bytes: float) -> str:
@@ -212,7 +223,7 @@ def _allocators(rows: Sequence[Row]) -> Iterable[str]:
         "decode", "allocated, replayed", "measured", "error",
         "reserved, replayed", "measured", "error",
     )  # fmt: skip
-    yield from _table("Allocator, GiB", head, lines())
+    yield from table("Allocator, GiB", head, lines())
 
 
 def _contexts(rows: Sequence[Row]) -> Iterable[str]:
@@ -226,7 +237,7 @@ def _contexts(rows: Sequence[Row]) -> Iterable[str]:
                 if name in said:
                     yield [f"predicted {when}", _mib(said[name])]
 
-    yield from _table("Context, MiB", ("after", "context"), lines())
+    yield from table("Context, MiB", ("after", "context"), lines())
 
 
 def _transfers(rows: Sequence[Row]) -> Iterable[str]:
@@ -250,8 +261,8 @@ def _transfers(rows: Sequence[Row]) -> Iterable[str]:
                     f"{one['took_s'] * 1e3:.2f}",
                 ]
 
-    yield from _table("Transfers, GB/s", ("copy", "measured", "predicted"), lines())
-    yield from _table("Pinned memory, bytes", ("asked", "taken", "ms"), pinned())
+    yield from table("Transfers, GB/s", ("copy", "measured", "predicted"), lines())
+    yield from table("Pinned memory, bytes", ("asked", "taken", "ms"), pinned())
 
 
 def predict_again(

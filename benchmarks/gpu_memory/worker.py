@@ -64,6 +64,10 @@ BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_
 """What an error says after which nothing works on the device in this process any more."""
 
 
+class Missing(Exception):
+    """What a row needs is not there yet: a package, or what another row measures."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A case that can be measured at once."""
@@ -179,6 +183,8 @@ def measured_row(prepared: Prepared, counter: Counter, limit_s: float) -> dict[s
     row: dict[str, Any] = {"outcome": "measured", "measured": None, "error": None}
     try:
         measured = prepared.measure(counter, start_s + limit_s)
+    except Missing as error:
+        row |= {"outcome": "missing", "error": str(error)}
     except Exception as error:  # one row's failure is not the run's
         traceback.print_exc()
         outcome = "out of memory" if is_out_of_memory(error) else "error"
@@ -191,7 +197,12 @@ def measured_row(prepared: Prepared, counter: Counter, limit_s: float) -> dict[s
     return {**row, "took_s": time.monotonic() - start_s}
 
 
-def serve(lines: Iterator[str], say: Callable[[Mapping[str, Any]], None]) -> None:
+def serve(
+    lines: Iterator[str],
+    say: Callable[[Mapping[str, Any]], None],
+    prepare: Callable[[Case, Gpu], Prepared] = prepare,
+    estimate_s: Callable[[Case, Mapping[str, Any] | None], float] = estimate_s,
+) -> None:
     """Prepare what the first line of *lines* names, then measure what each further one asks for."""
     request = json.loads(next(lines))
     gpu = from_json(Gpu, request["gpu"])
@@ -227,7 +238,10 @@ def serve(lines: Iterator[str], say: Callable[[Mapping[str, Any]], None]) -> Non
             say({"row": asked["measure"], "is_broken": is_broken, **row})
 
 
-def main() -> None:
+def main(
+    prepare: Callable[[Case, Gpu], Prepared] = prepare,
+    estimate_s: Callable[[Case, Mapping[str, Any] | None], float] = estimate_s,
+) -> None:
     """Talk to the session that started this process."""
     # Whatever prints to standard output, C libraries included, must not come between the lines.
     channel: IO[str] = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -237,7 +251,7 @@ def main() -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    serve(iter(sys.stdin.readline, ""), say)
+    serve(iter(sys.stdin.readline, ""), say, prepare, estimate_s)
     channel.flush()
     os._exit(0)  # at once: tearing down thirty gigabytes of pinned memory takes seconds
 
