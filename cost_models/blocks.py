@@ -14,7 +14,7 @@ component itself, because autoencoders and language models are entered past thei
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipefit.cost_models.residency import ByIdentity, children_of, storage_of
@@ -154,18 +154,25 @@ def _blocks_of(
         if path in uncalled:
             paths[path] = False
             return
-        if path and path not in containers:
+        if path:
             if num_bytes <= max_block_bytes:
                 paths[path] = True
                 return
             if path in whole or not children.get(path):
                 return
+        below = list(callees(path))
+        begin = len(path) + 1 if path else 0
         ranks = {name: i for i, name in enumerate(orders.get(without_numbers(path), ()))}
-        for child in sorted(
-            children.get(path, ()),
-            key=lambda child: ranks.get(child.rpartition(".")[2], len(ranks)),
-        ):
+        for child in sorted(below, key=lambda child: ranks.get(child[begin:], len(ranks))):
             cut(child)
+
+    def callees(path: str) -> Iterator[str]:
+        """Yield what *path* may call: its children, and those of its lists in their place."""
+        for child in children.get(path, ()):
+            if child in containers and child not in uncalled:
+                yield from callees(child)
+            else:
+                yield child
 
     cut("")
     return _filled(component, paths)

@@ -458,7 +458,7 @@ class LatencyModel:
             once = _component_moves(component, link_rates(self.gpu), num_onloads, num_offloads)
         times = [
             (
-                self.call_seconds(routine, attention),
+                self._compute_s(routine, attention, placement),
                 self._transfer(component, routine, placement),
                 count,
             )
@@ -486,6 +486,18 @@ class LatencyModel:
             h2d_bytes=once.h2d_bytes + sum(t.h2d_bytes * count for _, t, count in times),
             d2h_bytes=once.d2h_bytes + sum(t.d2h_bytes * count for _, t, count in times),
         )
+
+    def _compute_s(self, routine: int, attention: Attention, placement: Placement) -> float:
+        """Return the time of a call, its copies left out."""
+        if (
+            isinstance(placement, GroupOffload)
+            and placement.offload_type == "leaf_level"
+            and not placement.use_stream
+        ):
+            # The host waits for the GPU at every layer, so that neither hides behind the other.
+            cost = self.routine_cost(routine, attention)
+            return cost.gpu_s + cost.num_launches * self._launch_s
+        return self.call_seconds(routine, attention)
 
     def _transfer(self, component: Component, routine: int, placement: Placement) -> _Transfer:
         """What one call of *routine* copies."""

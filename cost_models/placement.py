@@ -73,7 +73,7 @@ class Streaming:
     uncalled_modules: tuple[str, ...] = ()
     """What the planned call does not enter: stays on the host unless a call does all the same."""
     call_order: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """``workload.call_order``: where children are called in another order than they are listed."""
+    """``workload.call_order``: where modules call others in another order than they list them."""
 
 
 Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming

@@ -166,8 +166,7 @@ class Course:
         """Copy what left back in, begun *ahead_s* before now."""
         self._order = list(order)
         begin_s = self.host_s - ahead_s
-        self._link_s = max(self._link_s, begin_s) + self._rest_s
-        self.gpu_s = max(self.gpu_s, self._link_s)
+        self.gpu_s = max(self.gpu_s, self._copied(self._rest_s, begin_s, 0.0))
         self._free = deque([begin_s] * len(self._free))
         self._ready_s = {}
         self._kept_ready_s = {}
@@ -225,16 +224,21 @@ class Course:
 
     def _keep(self, block: int, now_s: float) -> None:
         if block not in self._streamed and block not in self._kept_ready_s:
-            self._link_s = max(self._link_s, now_s) + self._copy_s[block]
-            self._kept_ready_s[block] = self._link_s
+            self._kept_ready_s[block] = self._copied(self._copy_s[block], now_s, 0.0)
 
     def _copy(self, block: int, now_s: float) -> None:
-        begin_s = max(self._link_s, self._free.popleft(), now_s)
-        self._link_s = begin_s + self._copy_s[block]
-        self._ready_s[block] = self._link_s
+        self._ready_s[block] = self._copied(self._copy_s[block], now_s, self._free.popleft())
         self.host_s += COPY_LATENCY_S
-        if self._holds_host:  # the driver stages ordinary memory before the call returns
-            self.host_s = max(self.host_s, self._link_s)
+
+    def _copied(self, seconds: float, now_s: float, free_s: float) -> float:
+        """Return when a copy has arrived that may begin at *now_s*, once its slot is free."""
+        if self._holds_host:
+            # Ordinary memory is staged by the host at once: "API synchronization behavior" of the
+            # CUDA runtime. The rate is that of the staging; the rest of the way is quicker.
+            self.host_s = max(self.host_s, now_s) + seconds
+            return max(self.host_s, free_s)
+        self._link_s = max(self._link_s, now_s, free_s) + seconds
+        return self._link_s
 
 
 def call_times(

@@ -38,7 +38,7 @@ from typing import Any, Literal
 Event = tuple[Any, ...]
 
 CallOrder = tuple[tuple[str, tuple[str, ...]], ...]
-"""(path of a module without its numbers, its children in the order in which it calls them)."""
+"""(path of a module without its numbers, what it calls, below it, in that order)."""
 
 KernelKind = Literal["conv", "gemm", "attention", "norm", "elementwise", "copy", "index", "reduce"]
 
@@ -223,20 +223,23 @@ def uncalled_modules(workload: Workload, component: str) -> tuple[str, ...]:
 
 
 def call_order(workload: Workload, component: str) -> CallOrder:
-    """Return in which order modules of *component* call their children, where that is not theirs.
+    """Return in which order modules of *component* call others, where that is not the tree's.
 
-    The key is the path of the parent with its numbers left out, because blocks are alike.
+    The key is the path of the caller with its numbers left out, because blocks are alike; of
+    several, that counts which calls most.
     """
-    called: dict[str, list[str]] = {}
-    for path in _called_modules(workload, component):
-        called.setdefault(path.rpartition(".")[0], []).append(path)
     places = {module.path: i for i, module in enumerate(workload.component(component).modules)}
     found: dict[str, tuple[str, ...]] = {}
-    for parent, children in called.items():
-        if children != sorted(children, key=lambda path: places.get(path, -1)):
-            names = tuple(child.rpartition(".")[2] for child in children)
-            found.setdefault(without_numbers(parent), names)
-    return tuple(sorted(found.items()))
+    for caller, callees in _calls_of(workload, component).items():
+        begin = f"{caller}." if caller else ""
+        names = tuple(path.removeprefix(begin) for path in callees if path.startswith(begin))
+        alike = without_numbers(caller)
+        if len(names) > len(found.get(alike, ())):
+            found[alike] = names
+            order = sorted(names, key=lambda name: places.get(begin + name, -1))
+            if list(names) == order:
+                found[alike] = ()
+    return tuple(sorted((caller, names) for caller, names in found.items() if names))
 
 
 def without_numbers(path: str) -> str:
@@ -248,27 +251,39 @@ def without_numbers(path: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
-def _called_modules(workload: Workload, component: str) -> tuple[str, ...]:
-    """Return the modules of *component* that are called, and all above them, as first called."""
-    called: dict[str, None] = {}
+def _called_modules(workload: Workload, component: str) -> set[str]:
+    """Return the modules of *component* that are called, and all above them."""
+    called: set[str] = set()
+    for callees in _calls_of(workload, component).values():
+        for path in callees:
+            ends = (*(i for i, letter in enumerate(path) if letter == "."), len(path))
+            called.update(path[:end] for end in ends)
+    return called
+
+
+def _calls_of(workload: Workload, component: str) -> dict[str, dict[str, None]]:
+    """Return which modules of *component* each of them calls, in the order of the first time."""
+    calls: dict[str, dict[str, None]] = {}
     seen: set[tuple[int, str, str]] = set()
 
     def walk(routine: int, owner: str, path: str) -> None:
         if (routine, owner, path) in seen:
             return
         seen.add((routine, owner, path))
-        if owner == component:
-            for end in (*(i for i, letter in enumerate(path) if letter == "."), len(path)):
-                called.setdefault(path[:end])
         for event in workload.routines[routine].events:
             if event[0] == "c":
-                walk(event[1], *split_path(event[2], owner, path))
+                callee, below = split_path(event[2], owner, path)
+                if callee == owner == component and below != path:
+                    calls.setdefault(path, {}).setdefault(below)
+                walk(event[1], callee, below)
 
     for event in workload.root:
         if event[0] == "c":
-            walk(event[1], *split_path(event[2], "", ""))
-    called.pop("", None)
-    return tuple(called)
+            callee, below = split_path(event[2], "", "")
+            if callee == component and below:
+                calls.setdefault("", {}).setdefault(below)
+            walk(event[1], callee, below)
+    return calls
 
 
 def _lies_in(path: str, ancestor: str) -> bool:

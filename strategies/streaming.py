@@ -101,8 +101,9 @@ class Streaming:
     ) -> Sequence[Mapping[str, Any]]:
         """Levels of residency with some slots, staying or leaving when idle.
 
-        Those that leave may come back while the component before them computes. Left out though
-        allowed: ordinary host memory unless page-locked memory is short, and the disk.
+        Those that leave may come back while the component before them computes. A few are offered
+        out of ordinary host memory, for machines where not all can be page-locked. Left out though
+        allowed: the disk.
         """
         if gpu.unified_memory or gpu.architecture == "apple":
             return ()
@@ -128,6 +129,7 @@ class Streaming:
                     before = _called_before(order, component.name)
                     if before is not None:
                         offered.append({**one, "when_idle": "leave", "load_with": before})
+        offered += [{**one, "host_memory": "pageable"} for one in offered if _is_coarse(one, count)]
         return [one for one in offered if self.refusal(component, one) is None]
 
     def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
@@ -221,6 +223,17 @@ def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _is_coarse(parameters: Mapping[str, Any], count: int) -> bool:
+    """Whether an option is worth having out of ordinary memory as well: a quarter of the levels,
+    two slots, and not ahead of the own call, where staging would hold another component up."""
+    resident = parameters["resident_blocks"]
+    levels = {round(count * level / 4) for level in range(5)}
+    slots = 2 if count - resident > 1 else 1
+    return (
+        resident in levels and parameters["num_slots"] == slots and ("load_with" not in parameters)
+    )
+
+
 def _told(component: Component, workload: Workload) -> dict[str, Any]:
     """Return what the trace knows about *component* and its structure does not tell."""
     uncalled = [
@@ -235,12 +248,26 @@ def _told(component: Component, workload: Workload) -> dict[str, Any]:
         for path in (block.path, *modules_above(block.path))
     }
     order: dict[str, list[str]] = {}
-    for parent, names in call_order(workload, component.name):
-        kept = [name for name in names if f"{parent}.{name}".lstrip(".") in divided]
-        if parent in divided and len(kept) > 1:
-            order[parent] = kept
+    for caller, names in call_order(workload, component.name):
+        kept = [
+            name for name in names if without_numbers(f"{caller}.{name}".lstrip(".")) in divided
+        ]
+        if caller in divided and len(kept) > 1:
+            order[caller] = kept
+    paths = _paths(component, uncalled, order)
+    for caller in list(order):
+        rest = {name: names for name, names in order.items() if name != caller}
+        if _paths(component, uncalled, rest) == paths:  # the tree says the same
+            order = rest
     told: dict[str, Any] = {"uncalled_modules": uncalled, "call_order": order}
     return {key: value for key, value in told.items() if value}
+
+
+def _paths(
+    component: Component, uncalled: Sequence[str], order: Mapping[str, Sequence[str]]
+) -> list[str]:
+    cut = _cut(component, {"uncalled_modules": uncalled, "call_order": order})
+    return [block.path for block in cut.blocks]
 
 
 def _cut(component: Component, parameters: Mapping[str, Any]) -> Blocks:
