@@ -83,7 +83,8 @@ class Row:
     @property
     def rehearsed_s(self) -> float:
         """The whole call: what was rehearsed, and for each further step the last one again."""
-        assert self.rehearsal is not None and self.plan is not None
+        assert self.rehearsal is not None
+        assert self.plan is not None
         calls = {(p.component, p.entry): p.calls for p in self.plan.prediction.phases}
         return sum(
             phase.seconds + (calls[phase.component, phase.entry] - phase.calls) * phase.last_call_s

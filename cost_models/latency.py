@@ -17,11 +17,12 @@ They are one fit: a last digit is noise, and none may be changed alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
+from pipefit.cost_models.clock import LAUNCH_QUEUE
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -118,6 +119,10 @@ NINETIETH_PERCENTILE_ERROR = 0.30
 """|predicted / real - 1| of nine in ten predictions for a GPU and a pipeline that were not fitted
 (one source left out: median 0.14, ninetieth percentile 0.30). A prediction's range is this wide."""
 
+SMALL_RUN = 64
+"""Launches up to which a call is not looked into: far below the queue of launches, so that the host
+cannot be held up within it."""
+
 _HALF = ("float16", "bfloat16")
 
 
@@ -130,6 +135,10 @@ class RoutineCost:
     num_launches: int
     flops: int
     num_bytes: int
+
+
+_Part = tuple[int | None, RoutineCost | None]
+"""A call of a routine, or a run of launches, or neither: the host waits for the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,6 +392,41 @@ def launch_seconds(gpu: Gpu) -> float:
     return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
 
 
+class _Issue:
+    """Host and GPU on the way through a call, one run of like launches after the other.
+
+    A coarse :class:`~pipefit.cost_models.clock.Clock`, for whole decoders in milliseconds.
+    """
+
+    def __init__(self, launch_s: float) -> None:
+        self._launch_s = launch_s
+        self.host_s = self.gpu_s = 0.0
+        self._queued: deque[tuple[int, float]] = deque()
+        """Launches of a run, and when the GPU will have done it."""
+        self._num_queued = 0
+
+    def run(self, num_launches: int, gpu_s: float) -> None:
+        """Issue a run of launches that take *gpu_s* together."""
+        if not num_launches:
+            return
+        while self._num_queued > LAUNCH_QUEUE:
+            count, done_s = self._queued.popleft()
+            self._num_queued -= count
+            self.host_s = max(self.host_s, done_s)
+        issued_s = self.host_s + num_launches * self._launch_s
+        begin_s = max(self.gpu_s, self.host_s + self._launch_s)
+        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / num_launches)
+        self.host_s = issued_s
+        self._queued.append((num_launches, self.gpu_s))
+        self._num_queued += num_launches
+
+    def wait(self) -> None:
+        """Let the host wait for the GPU."""
+        self.host_s = max(self.host_s, self.gpu_s)
+        self._queued.clear()
+        self._num_queued = 0
+
+
 class LatencyModel:
     """Times of one workload on one GPU; remembers each routine, so that a search may ask often."""
 
@@ -392,6 +436,9 @@ class LatencyModel:
         self._launch_s = launch_seconds(gpu)
         self._kernels: dict[tuple[int, Attention], RoutineCost] = {}
         self._routines: dict[tuple[int, Attention], RoutineCost] = {}
+        self._call_s: dict[tuple[int, Attention], float] = {}
+        self._cut: dict[tuple[int, Attention], Sequence[_Part]] = {}
+        self._waiting: dict[int, bool] = {}
         self._executions: dict[int, Mapping[str, int]] = {}
         self._component_groups: dict[tuple[str, Placement], Groups] = {}
         self._windows: dict[object, tuple[Window, ...]] = {}
@@ -410,9 +457,79 @@ class LatencyModel:
         return self._routines[key]
 
     def call_seconds(self, routine: int, attention: Attention = "native") -> float:
-        """Return the time of one component call: the GPU's, or the host's where that is longer."""
-        cost = self.routine_cost(routine, attention)
-        return max(cost.gpu_s, cost.num_launches * self._launch_s)
+        """Return the time of one component call: the host issues, the GPU follows.
+
+        Where the host is slower the GPU waits for it, and the host gets no further ahead than its
+        queue allows: a tiled decoder computes while the host waits, and then the host glues tiles
+        together row by row while the GPU waits.
+        """
+        key = (routine, attention)
+        if key not in self._call_s:
+            issue = _Issue(self._launch_s)
+            self._issue(routine, attention, issue)
+            self._call_s[key] = max(issue.host_s, issue.gpu_s)
+        return self._call_s[key]
+
+    def _issue(self, routine: int, attention: Attention, issue: _Issue) -> None:
+        """Let *issue* go through a call of *routine*."""
+        for callee, cost in self._parts(routine, attention):
+            if callee is not None:
+                self._issue(callee, attention, issue)
+            elif cost is None:
+                issue.wait()
+            else:
+                issue.run(cost.num_launches, cost.gpu_s)
+
+    def _parts(self, routine: int, attention: Attention) -> Sequence[_Part]:
+        """Cut a routine into runs of launches, the calls between them, and waits of the host."""
+        key = (routine, attention)
+        found = self._cut.get(key)
+        if found is not None:
+            return found
+        parts: list[_Part] = []
+        run: list[RoutineCost] = []
+
+        def end_run() -> None:
+            if run:
+                parts.append((None, _total(run)))
+                run.clear()
+
+        def add(cost: RoutineCost) -> None:
+            # A run is taken to be the same all through, so it must not hold all of a decoder and
+            # all that follows.
+            run.append(cost)
+            if sum(one.num_launches for one in run) > SMALL_RUN:
+                end_run()
+
+        for event in self.workload.routines[routine].events:
+            if event[0] == "k":
+                if self.workload.kernels[event[1]] == SYNCHRONISE:
+                    end_run()
+                    parts.append((None, None))
+                else:
+                    add(self._kernel_cost(event[1], attention))
+            elif event[0] == "c":
+                cost = self.routine_cost(event[1], attention)
+                if cost.num_launches <= SMALL_RUN and not self._waits(event[1]):
+                    add(cost)
+                else:
+                    end_run()
+                    parts.append((event[1], None))
+        end_run()
+        self._cut[key] = parts
+        return parts
+
+    def _waits(self, routine: int) -> bool:
+        """Whether the host waits for the GPU somewhere in *routine*."""
+        found = self._waiting.get(routine)
+        if found is None:
+            found = self._waiting[routine] = any(
+                self.workload.kernels[event[1]] == SYNCHRONISE
+                if event[0] == "k"
+                else event[0] == "c" and self._waits(event[1])
+                for event in self.workload.routines[routine].events
+            )
+        return found
 
     def own_seconds(self) -> float:
         """Return the time of the pipeline's own kernels between its component calls."""

@@ -223,6 +223,8 @@ class Streamer:
         self._next: dict[_Block, _Block] = {}
         self._last: _Block | None = None
         self._is_loaded = self._is_awaited = False
+        self.before_load: Sequence[Callable[[], None]] = ()
+        """Called before the component comes back for a call of its own."""
         with ExitStack() as undo:
             undo.callback(self.close)
             self._pack(module, cut, disk_path)
@@ -371,8 +373,14 @@ class Streamer:
     # -- calls
 
     def begin_call(self) -> None:
-        """Have the rest of the component on the GPU before anything runs."""
+        """Have the rest of the component on the GPU before anything runs.
+
+        Some pipelines enter a component past its own methods, so that no hook of its has told
+        others to leave.
+        """
         if not self._is_loaded:
+            for leave in self.before_load:
+                leave()
             self.load()
         if not self._is_awaited:
             self._is_awaited = True

@@ -194,6 +194,7 @@ class Streaming:
                 hook = _entry_hook(part, device, undo)
                 if other == name:
                     told, by = hook.entered, streamer.begin_call
+                    streamer.before_load = hook.leaving
                 elif other == how.load_with:
                     told, by = hook.loading, streamer.load_ahead
                 elif how.when_idle == "leave":
@@ -275,10 +276,13 @@ def _cut(component: Component, parameters: Mapping[str, Any]) -> Blocks:
 
 
 def _called_before(order: Sequence[str], name: str) -> str | None:
-    """Return the component that is called before *name* whenever that comes back; None if that is
-    not always the same, or if *name* is the first of the call."""
+    """Return the component whose call *name*'s always follows, and that is never called otherwise.
+
+    None if there is none, or if *name* is the first of the pipeline's call.
+    """
     before = {earlier for earlier, later in pairwise(order) if later == name}
-    return before.pop() if len(before) == 1 and order[0] != name else None
+    after = {later for earlier, later in pairwise(order) if earlier in before}
+    return before.pop() if len(before) == 1 and after == {name} and order[0] != name else None
 
 
 def _check_ties(component: Component, module: Any) -> None:
@@ -312,9 +316,12 @@ def _entry_hook_class() -> type:
             self.loading: list[Callable[[], None]] = []
             self.entered: list[Callable[[], None]] = []
 
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def tell(self) -> None:
             for told in (*self.leaving, *self.entered, *self.loading):
                 told()
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            self.tell()
             return args, kwargs
 
     return EntryHook
@@ -323,6 +330,7 @@ def _entry_hook_class() -> type:
 def _entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
     """Return the hook of *module*, attached now if none is there yet."""
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+    from diffusers import ModelMixin
 
     hook = getattr(module, ACCELERATE_HOOK, None)
     if isinstance(hook, _entry_hook_class()):
@@ -331,4 +339,8 @@ def _entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
     undo.callback(hook_restorer(module))
     undo.callback(remove_hook_from_module, module)
     add_hook_to_module(module, hook)
+    if not isinstance(module, ModelMixin):
+        # Models of transformers are entered by any method: CLAP by get_text_features.
+        for child in module.children():
+            undo.callback(child.register_forward_pre_hook(lambda *_: hook.tell()).remove)
     return hook

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefit.cost_models import latency
+from pipefit.cost_models.clock import LAUNCH_QUEUE
 from pipefit.cost_models.latency import (
     LatencyModel,
     attention_kernel,
@@ -37,6 +38,7 @@ from pipefit.cost_models.transfers import (
     link_rates,
 )
 from pipefit.cost_models.workload import (
+    SYNCHRONISE,
     Component,
     Event,
     Kernel,
@@ -420,9 +422,28 @@ def test_many_small_launches_take_as_long_as_the_host_needs() -> None:
     """Stable Diffusion 1.5's UNet: 789 launches cap an A100 at 24 steps a second, a 4090 at 41."""
     events: tuple[Event, ...] = (("k", 0),) * 789
     small = workload((elementwise(1024),), (events,))
-    assert LatencyModel(small, A100).call_seconds(0) == pytest.approx(789 * 53e-6)
+    # The last one runs after it was issued.
+    last_s = kernel_seconds(small.kernels[0], A100)
+    assert LatencyModel(small, A100).call_seconds(0) == pytest.approx(789 * 53e-6 + last_s)
     desktop = replace(A100, server=False)
     assert LatencyModel(small, desktop).call_seconds(0) == pytest.approx(24.5e-3, rel=0.01)
+
+
+def test_the_host_gets_no_further_ahead_than_its_queue_allows() -> None:
+    """A tiled decoder: large kernels first, then many small ones that glue its tiles together."""
+    events: tuple[Event, ...] = (*(("k", 0),) * 2000, *(("k", 1),) * 5000)
+    tiled = workload((elementwise(BIG), elementwise(1024), SYNCHRONISE), (events,))
+    large_s = kernel_seconds(tiled.kernels[0], A100)
+    launch_s = latency.launch_seconds(A100)
+    # In the time of the large ones the host could issue all.
+    assert 7000 * launch_s < 2000 * large_s
+    left = 5000 - LAUNCH_QUEUE
+    expected_s = 2000 * large_s + left * launch_s
+    assert LatencyModel(tiled, A100).call_seconds(0) == pytest.approx(expected_s, rel=0.02)
+    waiting = (*events[:2000], ("k", 2), *events[2000:])
+    synchronised = LatencyModel(workload(tiled.kernels, (waiting,)), A100)
+    expected_s = 2000 * large_s + 5000 * launch_s
+    assert synchronised.call_seconds(0) == pytest.approx(expected_s, rel=0.02)
 
 
 def test_kernels_of_the_pipeline_itself_are_counted_apart_from_its_components() -> None:
@@ -547,9 +568,13 @@ def test_sequential_offload_pays_for_every_tensor() -> None:
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offload_without_a_stream_adds_both_ways(offload_type: Any) -> None:
-    time, resident = placed(GroupOffload(offload_type=offload_type)), placed(Resident())
+    time = placed(GroupOffload(offload_type=offload_type))
+    compute_s = placed(Resident()).call_s
+    if offload_type == "leaf_level":  # the host waits at every layer: it issues, then the GPU runs
+        cost = LatencyModel(model_of_blocks(), A100).routine_cost(0)
+        compute_s = cost.gpu_s + cost.num_launches * latency.launch_seconds(A100)
     added_s = LINK.round_trip_s(WEIGHT_BYTES, NUM_BLOCKS + 1)
-    assert time.call_s - resident.call_s == pytest.approx(added_s)
+    assert time.call_s - compute_s == pytest.approx(added_s)
     assert time.first_call_s == time.call_s
     assert time.h2d_bytes == time.d2h_bytes == WEIGHT_BYTES
 
