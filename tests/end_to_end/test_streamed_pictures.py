@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import PICTURE_PX, SMALL_PIPELINES, picture
 from tests.strategies.described import described
-from tests.strategies.late_copies import LateCopies, WrongOrder, late_copies, poisoned_slots
+from tests.strategies.late_copies import late_copies, poisoned_slots
 
 from pipefit.cost_models.blocks import blocks_of
 from pipefit.planner.apply import apply_options

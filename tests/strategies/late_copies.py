@@ -3,8 +3,8 @@
 A copy is carried out when the computing side waits for an event recorded behind it, and not before.
 Every buffer begins as bytes 0xFF, which are NaN in any float, and so does a slot that its block has
 left. Besides, each kernel and each copy is compared with what the events promise: a kernel must not
-read memory into which a copy is still queued, nor memory that was given back; a copy must wait for
-the last kernel that read its target, and for all kernels from before the target was allocated,
+read memory into which a copy is still queued, nor may such memory be given back; a copy must wait
+for the last kernel that read its target, and for all kernels from before the target was allocated,
 because the allocator may have taken it from one of them.
 """
 
@@ -38,16 +38,12 @@ class _Event:
 
 
 class _Memory:
-    """A buffer on the GPU's side."""
+    """A buffer on the GPU's side, which this does not keep."""
 
-    def __init__(self, buffer: Any, born: int) -> None:
-        self.alias = buffer[:]
+    def __init__(self, storage: Any, born: int) -> None:
+        self.storage = weakref.ref(storage)
         self.last_read = born
         """When it was read last, as a number of kernels; at first, when it was allocated."""
-        self.is_released = False
-
-    def release(self) -> None:
-        self.is_released = True
 
 
 class Timeline(TorchDispatchMode):
@@ -59,9 +55,11 @@ class Timeline(TorchDispatchMode):
         self.num_copies = 0
         self.copied_bytes = 0
         self.memories: dict[int, _Memory] = {}
-        self.pending: list[tuple[int, Any, Any]] = []
-        """Copies that are queued: their number, target and source."""
+        self.pending: list[tuple[int, _Memory, int, Any]] = []
+        """Copies that are queued: their number, target, where in it, and source."""
         self.is_watching = True
+        self.is_early = False
+        """Whether memory was given back while a copy into it was queued."""
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -74,21 +72,31 @@ class Timeline(TorchDispatchMode):
     def allocated(self, buffer: Any) -> None:
         with self.unwatched():
             buffer.fill_(POISON)
-            memory = _Memory(buffer, self.num_kernels)
-        self.memories[buffer.untyped_storage().data_ptr()] = memory
-        weakref.finalize(buffer, memory.release)
+        storage = buffer.untyped_storage()
+        memory = self.memories[storage._cdata] = _Memory(storage, self.num_kernels)
+        weakref.finalize(storage, self._given_back, storage._cdata, memory)
+
+    def _given_back(self, key: int, memory: _Memory) -> None:
+        self.memories.pop(key, None)
+        # An error in a finalizer would be lost.
+        self.is_early |= any(target is memory for _, target, _, _ in self.pending)
+
+    def check(self) -> None:
+        """Raise what could not be raised when it happened."""
+        if self.is_early:
+            raise WrongOrder("Memory was given back while a copy into it was queued.")
 
     def memory_of(self, tensor: Any) -> _Memory | None:
-        return self.memories.get(tensor.untyped_storage().data_ptr())
+        return self.memories.get(tensor.untyped_storage()._cdata)
 
     def run_pending(self, until: int) -> None:
         with self.unwatched():
             while self.pending and self.pending[0][0] <= until:
-                _, target, source = self.pending.pop(0)
-                memory = self.memory_of(target)
-                if memory is not None and memory.is_released:
-                    raise WrongOrder("Memory was given back while a copy into it was queued.")
-                target.copy_(source)
+                _, memory, begin, source = self.pending.pop(0)
+                storage = memory.storage()
+                if storage is not None:
+                    target = torch.empty(0, dtype=torch.uint8)
+                    target.set_(storage, begin, source.shape).copy_(source)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,9 +109,7 @@ class Timeline(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _read(self, memory: _Memory) -> None:
-        if memory.is_released:
-            raise WrongOrder("A kernel reads memory that was given back.")
-        if any(self.memory_of(target) is memory for _, target, _ in self.pending):
+        if any(target is memory for _, target, _, _ in self.pending):
             raise WrongOrder("A kernel reads memory into which a copy is still queued.")
         memory.last_read = self.num_kernels
 
@@ -149,10 +155,12 @@ class LateCopies(streamer.CopyStream):
             raise WrongOrder("A copy does not wait for the kernel that read its target last.")
         self.timeline.num_copies += 1
         self.timeline.copied_bytes += source.numel()
-        self.timeline.pending.append((self.timeline.num_copies, target, source))
+        begin = target.storage_offset()
+        self.timeline.pending.append((self.timeline.num_copies, memory, begin, source))
 
     def record(self, event: Any) -> None:
-        event.num_copies = self.timeline.num_copies
+        if not self._is_skipped():
+            event.num_copies = self.timeline.num_copies
 
     def wait(self, event: Any) -> None:
         if not self._is_skipped():
@@ -211,6 +219,7 @@ def late_copies(skipped: tuple[str, str] | None = None) -> Iterator[Timeline]:
         patch.setattr(streamer, "CopyStream", LateCopies)
         patch.setattr(streamer, "Streamer", LateStreamer)
         yield timeline
+        timeline.check()
 
 
 @contextmanager
