@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.end_to_end.small_runs import untouched
-from tests.small_pipelines import PICTURE_PX, SMALL_PIPELINES, picture
+from tests.small_pipelines import PICTURE_PX, SMALL_PIPELINES, picture, small_call
 from tests.strategies.described import described
 from tests.strategies.late_copies import late_copies, poisoned_slots
 
 from pipefit.cost_models.blocks import blocks_of
+from pipefit.cost_models.machine import Gpu
 from pipefit.planner.apply import apply_options
+from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
@@ -23,11 +25,14 @@ from pipefit.strategies.strategy import Option
 
 STREAMING = strategy("streaming")
 
-QUICK = settings(max_examples=3, deadline=None)
+QUICK = settings(max_examples=2, deadline=None)
 THOROUGH = settings(max_examples=100, deadline=None)
 
 BLOCK_BYTES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 1 << 20)
 """Largest blocks that are tried: from single layers of the small components to all of them."""
+
+VIRTUAL = Gpu(name="cpu", architecture="cpu", total_bytes=1 << 40, free_bytes=1 << 40)
+"""Without workspaces: next to those of cuBLAS, small pipelines are nothing."""
 
 OTHER_SHAPES = {
     "stable_diffusion_xl_img2img": {
@@ -150,3 +155,101 @@ def test_no_copy_is_early_in_very_many_streamings(name: str, data: st.DataObject
     options = data.draw(streamed(name))
     with late_copies():
         check(name, options)
+
+
+class Broken(Exception):
+    """Something that goes wrong in the middle of a step."""
+
+
+@st.composite
+def interruptions(draw: st.DrawFn, name: str) -> tuple[str, str, int, type[BaseException]]:
+    """Return in which module, in which of its calls, and as what something goes wrong."""
+    component = draw(st.sampled_from(list(_described(name))))
+    layers = [module.path for module in _described(name)[component].modules if module.is_leaf_layer]
+    error = draw(st.sampled_from((Broken, KeyboardInterrupt)))
+    return component, draw(st.sampled_from(layers)), draw(st.integers(0, 2)), error
+
+
+def interrupt(pipe: Any, name: str, at: tuple[str, str, int, type[BaseException]]) -> bool:
+    """Make the picture until something goes wrong; return whether it did."""
+    component, path, number, error = at
+    num_calls = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > number:
+            raise error
+
+    handle = getattr(pipe, component).get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        picture(pipe, name)
+    except error:
+        return True
+    finally:
+        handle.remove()
+    return False
+
+
+def check_interrupted(name: str, data: st.DataObject) -> None:
+    pipe, expected = untouched(name)
+    options = data.draw(streamed(name))
+    before = snapshot(pipe, with_values=True)
+    with apply_options(pipe, options, "cpu"):
+        for at in data.draw(st.lists(interruptions(name), min_size=1, max_size=2)):
+            interrupt(pipe, name, at)
+        assert torch.equal(picture(pipe, name), expected)
+        assert torch.equal(picture(pipe, name), expected)
+        interrupt(pipe, name, data.draw(interruptions(name)))
+    assert differences(before, snapshot(pipe, with_values=True)) == ()
+    assert torch.equal(picture(pipe, name), expected)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux", "sana", "wan_two_experts"])
+@QUICK
+@given(data=st.data())
+def test_the_picture_after_an_interrupted_one_is_right(name: str, data: st.DataObject) -> None:
+    with late_copies():
+        check_interrupted(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_PIPELINES)
+@settings(THOROUGH, max_examples=50)
+@given(data=st.data())
+def test_the_picture_after_any_interrupted_one_is_right(name: str, data: st.DataObject) -> None:
+    with late_copies():
+        check_interrupted(name, data)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl_controlnet", "flux"])
+def test_something_can_go_wrong_in_every_component(name: str) -> None:
+    """The interruptions above would show nothing if they never came about."""
+    pipe, _ = untouched(name)
+    for component, one in _described(name).items():
+        layers = [module.path for module in one.modules if module.is_leaf_layer]
+        assert interrupt(pipe, name, (component, layers[-1], 0, Broken))
+
+
+def rehearse_streamed(name: str, options: list[Option]) -> None:
+    """Make the call on a virtual GPU, where a kernel fails that finds a weight on the host."""
+    rehearsed = rehearse(untouched(name)[0], options, small_call(name), VIRTUAL)
+    assert {phase.component for phase in rehearsed.phases} <= set(_described(name))
+    assert rehearsed.phases
+
+
+@pytest.mark.parametrize("name", SMALL_PIPELINES)
+@settings(QUICK, max_examples=1)
+@given(data=st.data())
+def test_no_kernel_finds_a_weight_on_the_host(name: str, data: st.DataObject) -> None:
+    rehearse_streamed(name, data.draw(streamed(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_PIPELINES)
+@settings(THOROUGH, max_examples=15)
+@given(data=st.data())
+def test_no_kernel_finds_a_weight_on_the_host_in_very_many_streamings(
+    name: str, data: st.DataObject
+) -> None:
+    rehearse_streamed(name, data.draw(streamed(name)))
