@@ -142,7 +142,7 @@ def _blocks_of(of: ByIdentity, max_block_bytes: int, uncalled: tuple[str, ...]) 
         num_bytes = sizes.get(path, 0)
         if num_bytes * SMALLEST_SHARE < max_block_bytes:
             return
-        if path in uncalled:
+        if path in uncalled and path not in containers:
             paths[path] = False
             return
         if path and path not in containers:

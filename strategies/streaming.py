@@ -137,10 +137,12 @@ class Streaming:
             return f"{name} is cast to float32 by some pipelines, which its copies would undo."
         if parameters.get("load_with") == component.name:
             return "load_with names another component, with whose call this one is loaded."
-        known = {module.path for module in component.modules}
+        containers = {module.path: module.is_container for module in component.modules}
         for path in parameters.get("uncalled_modules", ()):
-            if path not in known or not path:
+            if path not in containers or not path:
                 return f"{name} has no module {path!r}."
+            if containers[path]:
+                return f"{path} of {name} is a list, which is never called: name what lies in it."
         count = len(_cut(component, parameters).called)
         resident = parameters.get("resident_blocks", 0)
         if resident > count:

@@ -73,7 +73,9 @@ def streamed(draw: st.DrawFn, name: str) -> list[Option]:
     for component, one in _described(name).items():
         max_block_bytes = draw(st.sampled_from(BLOCK_BYTES))
         paths = [block.path for block in blocks_of(one, max_block_bytes).blocks]
-        paths += sorted({path.rpartition(".")[0] for path in paths} - {""})
+        lists = {module.path for module in one.modules if module.is_container}
+        paths += sorted({path.rpartition(".")[0] for path in paths} - {"", *lists})
+        paths = [path for path in paths if path not in lists]
         uncalled = draw(st.lists(st.sampled_from(paths), max_size=2)) if paths else []
         cut = blocks_of(one, max_block_bytes, tuple(uncalled))
         when_idle = draw(st.sampled_from(("stay", "leave")))

@@ -594,6 +594,7 @@ def test_the_call_after_an_interrupted_one_is_right(
         ({"uncalled_modules": [3]}, "is a list of paths"),
         ({"uncalled_modules": ["nowhere"]}, "has no module 'nowhere'"),
         ({"uncalled_modules": [""]}, "has no module ''"),
+        ({"uncalled_modules": ["transformer_blocks"]}, "is a list, which is never called"),
         ({"max_block_bytes": 1 << 40}, "would stay: use resident"),
     ],
 )
