@@ -34,8 +34,8 @@ from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Imitated, Option
 
-DISK = "offload_to_disk_path"
-"""The parameter of group offload that names a folder."""
+DISK = ("offload_to_disk_path", "disk_path")
+"""The parameters of group offload and of streaming that name a folder."""
 
 
 @contextlib.contextmanager
@@ -147,9 +147,13 @@ def _imitate(options: Sequence[Option], twin: Any) -> None:
 def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
     """Return what there is left to apply, with *folder* in place of those that hold weights."""
     return [
-        replace(option, parameters={**option.parameters, DISK: folder})
-        if option.parameters.get(DISK)
-        else option
+        replace(
+            option,
+            parameters={
+                name: folder if name in DISK and value else value
+                for name, value in option.parameters.items()
+            },
+        )
         for option in options
         if not _is_imitated(option)
     ]

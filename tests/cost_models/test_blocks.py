@@ -11,6 +11,7 @@ from tests.cost_models.workloads import linear_stack
 
 from pipefit.cost_models.blocks import (
     ALIGNMENT_BYTES,
+    MANY_ALIKE,
     SMALLEST_SHARE,
     UNSPLITTABLE,
     Block,
@@ -114,7 +115,8 @@ def test_a_block_is_a_module_that_is_called_and_fits(
         assert block.is_called == (block.path not in uncalled)
         assert all(tensor.path.startswith(f"{block.path}.") for tensor in block.tensors)
         if block.is_called:
-            assert block.weight_bytes <= MAX_BLOCK_BYTES
+            # Trees of 14 modules may have MANY_ALIKE that are larger.
+            assert block.weight_bytes <= MAX_BLOCK_BYTES or len(component.modules) > MANY_ALIKE
             # A whole one may lie in a list that bears its name, which nobody calls.
             assert set(above).isdisjoint(set(component.traits[UNSPLITTABLE]) - containers)
 
@@ -183,6 +185,17 @@ def test_a_layer_that_is_too_large_for_a_slot_stays() -> None:
     cut = blocks_of(linear_stack("net", [1 << 15, MAX_BLOCK_BYTES + 1]), MAX_BLOCK_BYTES)
     assert [block.path for block in cut.blocks] == ["blocks.0"]
     assert [tensor.num_bytes for tensor in cut.rest] == [MAX_BLOCK_BYTES + 1]
+
+
+@pytest.mark.parametrize("count", [MANY_ALIKE - 1, MANY_ALIKE])
+def test_of_many_layers_alike_each_is_a_block_however_large(count: int) -> None:
+    large = [MAX_BLOCK_BYTES + 2] * count
+    cut = blocks_of(linear_stack("net", [1 << 15, *large], top_bytes=1 << 20), MAX_BLOCK_BYTES)
+    assert [block.weight_bytes for block in cut.blocks] == [
+        1 << 15,
+        *(large if count == MANY_ALIKE else ()),
+    ]
+    assert (1 << 20) in [tensor.num_bytes for tensor in cut.rest]
 
 
 def test_what_is_not_called_is_a_block_of_any_size() -> None:
