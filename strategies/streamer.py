@@ -274,7 +274,9 @@ class Streamer:
         owners = {tensor.path.rpartition(".")[0] for tensor in cut.rest} if leaves else ()
         for path in owners:
             part = module.get_submodule(path)
-            self._handles.append(part.register_forward_pre_hook(lambda *_: self.begin_call()))
+            self._handles.append(
+                part.register_forward_pre_hook(lambda *_: self.begin_call(), prepend=True)
+            )
 
     def _watch(self, block: _Block) -> None:
         module = block.module

@@ -190,6 +190,8 @@ class Streaming:
                 hook = _entry_hook(part, device, undo)
                 if other == name:
                     told, by = hook.entered, streamer.enter
+                elif part is module:  # the same under another name
+                    continue
                 elif other == how.load_with:
                     told, by = hook.loading, streamer.load_ahead
                 elif how.when_idle == "leave":

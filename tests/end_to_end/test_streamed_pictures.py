@@ -26,7 +26,7 @@ from pipefit.strategies.strategy import Option
 STREAMING = strategy("streaming")
 
 QUICK = settings(max_examples=2, deadline=None)
-THOROUGH = settings(max_examples=100, deadline=None)
+THOROUGH = settings(max_examples=40, deadline=None)
 
 BLOCK_BYTES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 1 << 20)
 """Largest blocks that are tried: from single layers of the small components to all of them."""
@@ -151,7 +151,7 @@ def test_no_copy_is_early_and_no_kernel_is_before_its_copy(name: str, data: st.D
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
-@settings(THOROUGH, max_examples=30)
+@settings(THOROUGH, max_examples=15)
 @given(data=st.data())
 def test_no_copy_is_early_in_very_many_streamings(name: str, data: st.DataObject) -> None:
     options = data.draw(streamed(name))
@@ -217,7 +217,7 @@ def test_the_picture_after_an_interrupted_one_is_right(name: str, data: st.DataO
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
-@settings(THOROUGH, max_examples=50)
+@settings(THOROUGH, max_examples=20)
 @given(data=st.data())
 def test_the_picture_after_any_interrupted_one_is_right(name: str, data: st.DataObject) -> None:
     with late_copies():
@@ -250,7 +250,7 @@ def test_no_kernel_finds_a_weight_on_the_host(name: str, data: st.DataObject) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
-@settings(THOROUGH, max_examples=15)
+@settings(THOROUGH, max_examples=10)
 @given(data=st.data())
 def test_no_kernel_finds_a_weight_on_the_host_in_very_many_streamings(
     name: str, data: st.DataObject

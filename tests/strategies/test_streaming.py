@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import SMALL_PIPELINES, picture
 from tests.strategies.described import described
 from tests.strategies.late_copies import WrongOrder, late_copies, poisoned_slots
@@ -312,6 +314,43 @@ def test_a_component_of_two_pipelines_serves_both() -> None:
     assert differences(before, snapshot(first, with_values=True)) == ()
 
 
+def test_a_component_of_two_names_does_not_leave_for_itself() -> None:
+    module = Stack(lambda: torch.nn.Linear(16, 16)).requires_grad_(False)
+    pipe = SimpleNamespace(components={"part": module, "again": module})
+    expected = module(INPUT)
+    with late_copies() as timeline:
+        undo = STREAMING.apply(
+            pipe,
+            "part",
+            {"max_block_bytes": 2 << 10, "when_idle": "leave", "resident_blocks": 5},
+            "cpu",
+        )
+        for _ in range(3):
+            assert torch.equal(module(INPUT), expected)
+        assert timeline.num_copies == 5
+        undo()
+    assert torch.equal(module(INPUT), expected)
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_made_of_two_others_is_made_of_what_arrived(
+    name: str, way: Mapping[str, Any]
+) -> None:
+    """As ``weight_norm`` has it in audio autoencoders: the old one by a hook before the forward."""
+    norms = {"old": torch.nn.utils.weight_norm, "new": torch.nn.utils.parametrizations.weight_norm}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module = Stack(lambda: norms[name](torch.nn.Linear(16, 16))).requires_grad_(False)
+    expected = module(INPUT)
+    with late_copies():
+        undo = apply_to(module, max_block_bytes=2 << 10, **way)
+        for _ in range(2):
+            assert torch.equal(module(INPUT), expected)
+        undo()
+    assert torch.equal(module(INPUT), expected)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_inside_and_outside_of_inference_mode_may_alternate(way: Mapping[str, Any]) -> None:
     module = Stack(lambda: torch.nn.Linear(16, 16)).requires_grad_(False)
@@ -601,7 +640,7 @@ def test_the_call_after_an_interrupted_one_is_right(
 def test_what_cannot_be_meant_is_refused_in_a_sentence_and_changes_nothing(
     parameters: dict[str, Any], message: str
 ) -> None:
-    pipe = fresh("flux")
+    pipe, _ = untouched("flux")
     before = snapshot(pipe)
     given = {"max_block_bytes": 16 << 10, **parameters}
     reason = STREAMING.refusal(described(pipe.transformer, "transformer"), given)
@@ -623,7 +662,7 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence_and_changes_nothing(
 def test_names_that_the_machine_or_pipeline_lacks_fail_with_the_name(
     parameters: dict[str, Any], message: str
 ) -> None:
-    pipe = fresh("flux")
+    pipe, _ = untouched("flux")
     before = snapshot(pipe)
     with pytest.raises(ApplyFailed, match=message):
         apply_options(pipe, [on("transformer", max_block_bytes=16 << 10, **parameters)], "cpu")
@@ -632,7 +671,7 @@ def test_names_that_the_machine_or_pipeline_lacks_fail_with_the_name(
 
 @pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "quanto"])
 def test_weights_that_are_more_than_their_parameters_are_refused(backend: str) -> None:
-    component = described(fresh("flux").transformer)
+    component = described(untouched("flux")[0].transformer)
     traits = {**component.traits, "quantized_by": backend}
     reason = STREAMING.refusal(replace(component, traits=traits), {"max_block_bytes": 16 << 10})
     assert f"quantised by {backend}, whose weights cannot be moved block by block" in str(reason)
@@ -645,7 +684,7 @@ def test_an_autoencoder_that_pipelines_cast_is_refused() -> None:
 
 
 def test_what_is_streamed_already_is_not_streamed_again() -> None:
-    pipe = fresh("flux")
+    pipe, _ = untouched("flux")
     with (
         apply_options(pipe, [on("transformer", max_block_bytes=16 << 10)], "cpu"),
         pytest.raises(UnsupportedPipeline, match="undo the earlier plan"),
