@@ -27,6 +27,7 @@ REMEDY_BY_HOOK: Mapping[str, str] = {
     "CpuOffload": "call pipe.remove_all_hooks() first",
     "AlignDevicesHook": "call pipe.remove_all_hooks() first",
     "group_offloading": "undo the earlier plan, or load the pipeline afresh",
+    "EntryHook": "undo the earlier plan",
     "layerwise_casting": "load the pipeline afresh, because a cast of weights cannot be taken back",
 }
 """What to do about a hook, by accelerate's class or diffusers' name of it."""

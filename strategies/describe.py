@@ -26,7 +26,7 @@ BLOCK_LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 def describe_component(name: str, module: torch.nn.Module, traits: Mapping[str, Any]) -> Component:
     """Return what cost models and strategies need to know of a component."""
     tensors: list[TensorInfo] = []
-    first_path: dict[int, str] = {}
+    first_path: dict[tuple[int, int, int], str] = {}
     for owner_path, part in module.named_modules(remove_duplicate=True):
         prefix = f"{owner_path}." if owner_path else ""
         for is_buffer, table in ((False, part._parameters), (True, part._buffers)):
@@ -68,6 +68,11 @@ def describe_component(name: str, module: torch.nn.Module, traits: Mapping[str, 
     )
 
 
-def _storage_key(tensor: torch.Tensor) -> int:
-    """The same for views of one storage, whether it has an address (real) or not (virtual)."""
-    return int(tensor.untyped_storage()._cdata)
+def _storage_key(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """The same for tensors in the same memory, whether it has an address (real) or not (virtual).
+
+    Different parts of one storage are not tied, as those of a fused weight that a loader divided:
+    each gets memory of its own when it is moved.
+    """
+    storage = int(tensor.untyped_storage()._cdata)
+    return storage, tensor.storage_offset(), tensor.numel() * tensor.element_size()

@@ -8,6 +8,7 @@ ordinary memory is registered with the driver instead (``cudaHostRegister``, CUD
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,5 +24,18 @@ def page_lock(buffer: Any) -> Callable[[], None] | None:
     runtime = torch.cuda.cudart()
     address, num_bytes = buffer.data_ptr(), buffer.numel() * buffer.element_size()
     if int(runtime.cudaHostRegister(address, num_bytes, 0)) != 0:
+        _forget_error()
         return None
     return lambda: runtime.cudaHostUnregister(address)
+
+
+def _forget_error() -> None:
+    """Take the driver's last error away, which the next kernel would otherwise be blamed for.
+
+    torch has no name for ``cudaGetLastError``, but looks at it after each launch
+    (``C10_CUDA_KERNEL_LAUNCH_CHECK`` in c10/cuda/CUDAException.h, torch 2.13).
+    """
+    import torch
+
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

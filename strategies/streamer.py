@@ -13,6 +13,7 @@ are done, and memory that is new to the copy stream may still be read by kernels
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import deque
@@ -53,19 +54,22 @@ class Packed:
                     "ordinary memory, which is slower: raise `ulimit -l`, or plan with less RAM.",
                     stacklevel=2,
                 )
+        self.host_views = self.views_in(self.host)
+        num_moved = 0
         try:
-            for one, view in zip(parameters, self.views_in(self.host), strict=True):
+            for one, view in zip(parameters, self.host_views, strict=True):
                 view.copy_(one.data)
                 one.data = view
+                num_moved += 1
             if file is not None:
                 self.host = _mapped(self.host, file)
+                self.host_views = self.views_in(self.host)
+                self.point_to(self.host_views)
         except BaseException:
-            self._release()
+            self._unpack(num_moved)
             raise
-        self.host_views = self.views_in(self.host)
         self.views = self.host_views
         """What the parameters are now."""
-        self.point_to(self.host_views)
 
     def views_in(self, buffer: Any) -> list[Any]:
         """Return what the parameters are in *buffer*, which holds a copy of the host's."""
@@ -84,11 +88,12 @@ class Packed:
 
     def unpack(self) -> None:
         """Give each parameter memory of its own again, where it was before."""
-        for one, view, place in zip(self.parameters, self.host_views, self._places, strict=True):
-            one.data = view.clone() if place.type == "cpu" else view.to(place)
-        self._release()
+        self._unpack(len(self.parameters))
 
-    def _release(self) -> None:
+    def _unpack(self, count: int) -> None:
+        packed = zip(self.parameters, self.host_views, self._places, strict=True)
+        for one, view, place in itertools.islice(packed, count):
+            one.data = view.clone() if place.type == "cpu" else view.to(place)
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
@@ -276,20 +281,23 @@ class Streamer:
         owners = {tensor.path.rpartition(".")[0] for tensor in cut.rest} if leaves else ()
         for path in owners:
             part = module.get_submodule(path)
-            self._handles.append(part.register_forward_pre_hook(lambda *_: self.begin_call()))
+            self._handles.append(
+                part.register_forward_pre_hook(lambda *_: self.begin_call(), prepend=True)
+            )
 
     def _watch(self, block: _Block) -> None:
         module = block.module
+        self._keep_packed(module, block.packed)
         self._handles += [
             module.register_forward_pre_hook(lambda *_: self._begin(block), prepend=True),
             module.register_forward_hook(lambda *_: self._end(block), always_call=True),
         ]
-        self._keep_packed(module, block.packed)
 
     def _keep_packed(self, module: Any, packed: Packed) -> None:
         """Let layers that are cast point at the buffer again after their forward.
 
-        diffusers casts a layer's parameters up before it and down after it, into new memory.
+        diffusers casts a layer's parameters up before it and down after it, into new memory. It is
+        put back before its block ends, which may be the layer itself.
         """
         places = {id(one): place for place, one in enumerate(packed.parameters)}
         for part in module.modules():
@@ -312,11 +320,10 @@ class Streamer:
         if self._is_loaded:
             return
         stream = self._stream
-        if self._how.when_idle == "leave":
-            # What is allocated now may have been freed with kernels queued that still read it.
-            before = stream.event()
-            stream.record_compute(before)
-            stream.wait(before)
+        # What is allocated now may have been freed with kernels queued that still read it.
+        before = stream.event()
+        stream.record_compute(before)
+        stream.wait(before)
         if self._rest is not None:
             buffer = self._empty(self._rest.num_bytes)
             stream.copy(buffer, self._rest.host)
@@ -330,10 +337,9 @@ class Streamer:
             if not block.is_streamed:
                 block.home = _Slot(self._empty(block.packed.num_bytes), stream)
         self._is_loaded, self._is_awaited = True, False
-        if self._last is not None:
-            self._fill_from(self._after(self._last))
-        elif self._foreseen:
-            self._fill_from(self._foreseen[0])
+        if self._foreseen:
+            last = self._last
+            self._fill_from(self._foreseen[0] if last is None else self._after(last))
 
     def leave(self) -> None:
         """Give back all memory on the GPU but that of buffers."""
@@ -368,9 +374,19 @@ class Streamer:
         self._blocks, self._rest = [], None
 
     def _empty(self, num_bytes: int) -> Any:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        # A later call may be made outside of inference mode, where such memory cannot be written.
+        with torch.inference_mode(False):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     # -- calls
+
+    def enter(self) -> None:
+        """Begin a call of the component, whatever became of the last one."""
+        for block in self._blocks:
+            # torch calls no hook when a forward is interrupted (KeyboardInterrupt).
+            if block.is_running:
+                self._end(block)
+        self.begin_call()
 
     def begin_call(self) -> None:
         """Have the rest of the component on the GPU before anything runs.

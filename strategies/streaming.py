@@ -31,7 +31,7 @@ from pipefit.cost_models.workload import (
     uncalled_modules,
     without_numbers,
 )
-from pipefit.errors import UnsupportedPipeline
+from pipefit.errors import UnknownName, UnsupportedPipeline
 from pipefit.strategies.live import (
     ACCELERATE_HOOK,
     device_restorer,
@@ -147,6 +147,12 @@ class Streaming:
             return f"{name} is cast to float32 by some pipelines, which its copies would undo."
         if parameters.get("load_with") == component.name:
             return "load_with names another component, with whose call this one is loaded."
+        containers = {module.path: module.is_container for module in component.modules}
+        for path in parameters.get("uncalled_modules", ()):
+            if path not in containers or not path:
+                return f"{name} has no module {path!r}."
+            if containers[path]:
+                return f"{path} of {name} is a list, which is never called: name what lies in it."
         count = len(_cut(component, parameters).called)
         resident = parameters.get("resident_blocks", 0)
         if resident > count:
@@ -180,8 +186,11 @@ class Streaming:
         modules = module_components(pipe)
         name, device = str(component), torch.device(device)
         module = modules[name]
+        load_with = parameters.get("load_with")
+        if load_with is not None and load_with not in modules:
+            raise UnknownName("component", load_with, modules)
         described = describe_component(name, module, self.traits(module))
-        _check_ties(described, module)
+        _check_parameters(described, module)
         how, folder = self.placement(parameters), parameters.get("disk_path")
         with ExitStack() as undo:
             if folder is not None:
@@ -193,8 +202,10 @@ class Streaming:
             for other, part in modules.items():
                 hook = _entry_hook(part, device, undo)
                 if other == name:
-                    told, by = hook.entered, streamer.begin_call
+                    told, by = hook.entered, streamer.enter
                     streamer.before_load = hook.leaving
+                elif part is module:  # the same under another name
+                    continue
                 elif other == how.load_with:
                     told, by = hook.loading, streamer.load_ahead
                 elif how.when_idle == "leave":
@@ -219,6 +230,12 @@ def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
     for key, known in (("when_idle", ("stay", "leave")), ("host_memory", ("pinned", "pageable"))):
         if parameters.get(key, known[0]) not in known:
             return f"streaming:{key} is {' or '.join(known)}, but was {parameters[key]!r}."
+    for key in ("load_with", "disk_path"):
+        if not isinstance(parameters.get(key, ""), str | None):
+            return f"streaming:{key} is a name, but was {parameters[key]!r}."
+    uncalled = parameters.get("uncalled_modules", ())
+    if not isinstance(uncalled, list | tuple) or not all(isinstance(one, str) for one in uncalled):
+        return f"streaming:uncalled_modules is a list of paths, but was {uncalled!r}."
     if parameters.get("load_with") is not None and parameters.get("when_idle") != "leave":
         return "streaming:load_with needs when_idle=leave."
     return None
@@ -285,9 +302,9 @@ def _called_before(order: Sequence[str], name: str) -> str | None:
     return before.pop() if len(before) == 1 and after == {name} and order[0] != name else None
 
 
-def _check_ties(component: Component, module: Any) -> None:
-    """Refuse parameters that share memory without being the same object, as no library makes them:
-    pointing one at a slot would leave the other behind."""
+def _check_parameters(component: Component, module: Any) -> None:
+    """Refuse what no library makes: parameters with gaps, which cannot be packed as they are, and
+    two that share memory without being the same object, of which one would be left behind."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for tensor in component.tensors:
         one, other = parameters.get(tensor.path), parameters.get(str(tensor.tied_to))
@@ -296,6 +313,27 @@ def _check_ties(component: Component, module: Any) -> None:
                 f"{tensor.path} of {component.name} shares its memory with {tensor.tied_to}, but "
                 "is another parameter: tie the modules to one parameter, or use group_offload."
             )
+    for path, parameter in parameters.items():
+        if not _is_dense(parameter.shape, parameter.stride()):
+            raise UnsupportedPipeline(
+                f"{path} of {component.name} is a view with gaps of a larger tensor: make it "
+                "contiguous, or use group_offload."
+            )
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return whether a tensor takes its elements' memory and no more, in whatever order.
+
+    >>> _is_dense((2, 3), (1, 2)), _is_dense((2, 3), (4, 1)), _is_dense((2, 3), (0, 1))
+    (True, False, False)
+    """
+    steps = sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1)
+    expected = 1
+    for step, size in steps:
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 @functools.cache

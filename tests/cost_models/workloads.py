@@ -68,6 +68,9 @@ def component_of(name: str, module: Any) -> Component:
                 class_name=type(child).__name__,
                 is_leaf_layer=isinstance(child, leaf_layers),
                 is_block_list=isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)),
+                is_container=isinstance(
+                    child, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
+                ),
             )
             for path, child in module.named_modules()
         ),
@@ -78,7 +81,7 @@ def linear_stack(name: str, layer_bytes: list[int], top_bytes: int = 0) -> Compo
     """Return a component whose ``blocks`` are one-tensor layers, and a ``head`` beside them."""
     modules = [
         ModuleInfo(path="", class_name="Stack"),
-        ModuleInfo(path="blocks", class_name="ModuleList", is_block_list=True),
+        ModuleInfo(path="blocks", class_name="ModuleList", is_block_list=True, is_container=True),
     ]
     tensors = []
     for i, num_bytes in enumerate(layer_bytes):
