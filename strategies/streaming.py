@@ -354,12 +354,13 @@ def _entry_hook_class() -> type:
             self.loading: list[Callable[[], None]] = []
             self.entered: list[Callable[[], None]] = []
 
-        def tell(self) -> None:
-            for told in (*self.leaving, *self.entered, *self.loading):
+        def tell_others(self) -> None:
+            for told in (*self.leaving, *self.loading):
                 told()
 
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            self.tell()
+            for told in (*self.leaving, *self.entered, *self.loading):
+                told()
             return args, kwargs
 
     return EntryHook
@@ -380,5 +381,6 @@ def _entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
     if not isinstance(module, ModelMixin):
         # Models of transformers are entered by any method: CLAP by get_text_features.
         for child in module.children():
-            undo.callback(child.register_forward_pre_hook(lambda *_: hook.tell()).remove)
+            handle = child.register_forward_pre_hook(lambda *_: hook.tell_others(), prepend=True)
+            undo.callback(handle.remove)
     return hook
