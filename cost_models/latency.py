@@ -641,10 +641,12 @@ class LatencyModel:
         replaced: Mapping[int, int],
         *,
         attention: Attention = "native",
+        with_range: bool = True,
     ) -> PlacementTime:
         """Return the time of a phase's calls in one pipeline call, their weights streamed.
 
         *replaced* are the routines of a traced variant in place of those of the pipeline's frame.
+        Without *with_range* the two bounds are that time too.
 
         Raises:
             InvalidRequest: if the GPU lacks a figure that the estimate needs.
@@ -658,12 +660,15 @@ class LatencyModel:
                 for call in phase.calls
             )
 
-        call_s = total_s(1, 1)
+        call_s = low_s = high_s = total_s(1, 1)
+        if with_range:
+            low_s = total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD)
+            high_s = total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD)
         return PlacementTime(
             call_s=call_s,
             first_call_s=call_s,
-            low_s=total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD),
-            high_s=total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD),
+            low_s=low_s,
+            high_s=high_s,
             h2d_bytes=0,
             d2h_bytes=0,
         )

@@ -9,16 +9,21 @@ that the search may ask for every level of residency; a rehearsal does the same 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import allocated_bytes
 from pipefit.cost_models.blocks import Blocks, aligned, blocks_of, modules_above
 from pipefit.cost_models.placement import Streaming
+from pipefit.cost_models.residency import ByIdentity
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.workload import Component, Event, Workload
+
+NUM_REMEMBERED = 4096
+"""Answers kept; our choice, above what one search asks for (a few hundred for each component)."""
 
 NUM_PASSES = 3
 """Calls in a row after which the last one repeats: the first begins with an empty or a filled ring,
@@ -52,15 +57,20 @@ class StreamedBytes:
     host: int
     """In host memory, packed, while it is applied."""
 
-    @property
-    def loaded_bytes(self) -> int:
-        """The first as the allocator counts it."""
-        return allocated_bytes(self.loaded)
+    loaded_bytes: int = field(init=False)
+    """The first as the allocator counts it, each of the large ones in a segment of its own."""
+    idle_bytes: int = field(init=False)
+    """The second, likewise."""
 
-    @property
-    def idle_bytes(self) -> int:
-        """The second as the allocator counts it."""
-        return allocated_bytes(self.idle)
+    def __post_init__(self) -> None:
+        """Add up once what a search asks for thousands of times."""
+        object.__setattr__(self, "loaded_bytes", sum(map(_allocated_bytes, self.loaded)))
+        object.__setattr__(self, "idle_bytes", sum(map(_allocated_bytes, self.idle)))
+
+
+@functools.cache
+def _allocated_bytes(num_bytes: int) -> int:
+    return allocated_bytes((num_bytes,))
 
 
 def cut_of(component: Component, placement: Streaming) -> Blocks:
@@ -71,7 +81,13 @@ def cut_of(component: Component, placement: Streaming) -> Blocks:
 
 
 def streamed_bytes(component: Component, placement: Streaming) -> StreamedBytes:
-    """Return what *component* takes on the GPU and on the host."""
+    """Return what *component* takes on the GPU and on the host; remembered."""
+    return _streamed_bytes(ByIdentity(component), placement)
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _streamed_bytes(of: ByIdentity, placement: Streaming) -> StreamedBytes:
+    component = of.component
     cut = cut_of(component, placement)
     streamed = set(cut.streamed(placement.resident_blocks))
     slot_bytes = cut.slot_bytes(placement.resident_blocks)

@@ -290,7 +290,7 @@ class Pricing:
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
             phase_bytes=self.memory.phase_bytes(component, choice),
             call_s=sum(
-                self._phase_seconds(phase, choice, attention)[0]
+                self._phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
@@ -302,7 +302,7 @@ class Pricing:
         )
 
     def _phase_seconds(
-        self, phase: Phase, choice: Choice, attention: Attention
+        self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
         component = self.workload.component(phase.component)
@@ -315,7 +315,7 @@ class Pricing:
         if isinstance(choice.placement, Streaming):
             replaced = self.workload.variants[choice.variant] if choice.variant else {}
             streamed = self.latency.streaming_seconds(
-                phase, choice.placement, replaced, attention=attention
+                phase, choice.placement, replaced, attention=attention, with_range=with_range
             )
             return streamed.call_s, streamed.first_call_s, streamed.low_s, streamed.high_s
         # Model offload moves a component once, however many phases it has: charged to the first.
