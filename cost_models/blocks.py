@@ -38,8 +38,9 @@ ALIGNMENT_BYTES = 256
 """Where tensors begin in a packed block: at least what ``cudaMalloc`` aligns to (CUDA C++
 programming guide, "Device memory accesses"), so that kernels choose the same variants."""
 
-NUM_REMEMBERED = 256
-"""Cuts kept; our choice, above what one search asks for (one or two for each component)."""
+NUM_REMEMBERED = 32
+"""Cuts kept; our choice, above what one search asks for (a few for each component). Each holds its
+component, so that many would make every garbage collection slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,12 +18,8 @@ from typing import NamedTuple
 from pipefit.cost_models.allocator import allocated_bytes
 from pipefit.cost_models.blocks import Blocks, aligned, blocks_of, modules_above
 from pipefit.cost_models.placement import Streaming
-from pipefit.cost_models.residency import ByIdentity
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.workload import Component, Event, Workload
-
-NUM_REMEMBERED = 4096
-"""Answers kept; our choice, above what one search asks for (a few hundred for each component)."""
 
 NUM_PASSES = 3
 """Calls in a row after which the last one repeats: the first begins with an empty or a filled ring,
@@ -81,13 +77,7 @@ def cut_of(component: Component, placement: Streaming) -> Blocks:
 
 
 def streamed_bytes(component: Component, placement: Streaming) -> StreamedBytes:
-    """Return what *component* takes on the GPU and on the host; remembered."""
-    return _streamed_bytes(ByIdentity(component), placement)
-
-
-@functools.lru_cache(maxsize=NUM_REMEMBERED)
-def _streamed_bytes(of: ByIdentity, placement: Streaming) -> StreamedBytes:
-    component = of.component
+    """Return what *component* takes on the GPU and on the host."""
     cut = cut_of(component, placement)
     streamed = set(cut.streamed(placement.resident_blocks))
     slot_bytes = cut.slot_bytes(placement.resident_blocks)
