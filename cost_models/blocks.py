@@ -189,7 +189,7 @@ def _blocks_of(
     def callees(path: str) -> Iterator[str]:
         """Yield what *path* may call: its children, and those of its lists in their place."""
         for child in children.get(path, ()):
-            if child in containers and child not in uncalled:
+            if child in containers:
                 yield from callees(child)
             else:
                 yield child

@@ -44,7 +44,8 @@ def test_the_picture_is_bit_identical_at_every_budget(name: str) -> None:
     seen = set()
     for budget, with_ in (
         (smallest, ()),
-        ((smallest + largest) // 2, ()),
+        # Sana is so small that what is kept for fragmentation is most where weights are fewest.
+        (max(smallest, (smallest + largest) // 2), ()),
         (largest, ["resident"]),
     ):
         with pipefit.auto_optimize(

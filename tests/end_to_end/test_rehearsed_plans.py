@@ -92,15 +92,16 @@ def test_a_rehearsal_leaves_the_pipeline_and_the_generator_as_they_are() -> None
 def test_what_breaks_the_budget_in_its_rehearsal_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    hooks_of_others = {"without": ["streaming"]}
     resident = promised_bytes(made("1GB", rehearse=False, with_=["resident"]))
     with pytest.raises(pipefit.NoPlanFits) as caught:
-        made(2048, rehearse=False)
+        made(2048, rehearse=False, **hooks_of_others)
     budget_bytes = (resident + caught.value.smallest_budget_bytes["exact"]) // 2
-    plain = made(budget_bytes, rehearse=False)
+    plain = made(budget_bytes, rehearse=False, **hooks_of_others)
     assert [option.strategy for option in plain.options] == ["model_offload"]
     monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))  # nobody else may read these rehearsals
     monkeypatch.setattr(UserCpuOffloadHook, "offload", lambda self: None)
-    checked = made(budget_bytes, rehearse=None)
+    checked = made(budget_bytes, rehearse=None, **hooks_of_others)
     assert checked.options != plain.options
     assert checked.rehearsal is not None
     assert checked.rehearsal.within_budget
