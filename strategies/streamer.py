@@ -74,7 +74,7 @@ class Packed:
     def views_in(self, buffer: Any) -> list[Any]:
         """Return what the parameters are in *buffer*, which holds a copy of the host's."""
         return [
-            buffer[begin : begin + _span(shape) * dtype.itemsize]
+            buffer[begin : begin + shape.numel() * dtype.itemsize]
             .view(dtype)
             .as_strided(shape, stride)
             for begin, dtype, shape, stride in self._layout
@@ -97,13 +97,6 @@ class Packed:
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
-
-
-def _span(shape: Sequence[int]) -> int:
-    size = 1
-    for one in shape:
-        size *= one
-    return size
 
 
 def _mapped(buffer: Any, file: str) -> Any:

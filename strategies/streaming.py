@@ -147,8 +147,9 @@ class Streaming:
             return f"{name} is cast to float32 by some pipelines, which its copies would undo."
         if parameters.get("load_with") == component.name:
             return "load_with names another component, with whose call this one is loaded."
-        containers = {module.path: module.is_container for module in component.modules}
-        for path in parameters.get("uncalled_modules", ()):
+        uncalled = parameters.get("uncalled_modules", ())
+        containers = {m.path: m.is_container for m in component.modules} if uncalled else {}
+        for path in uncalled:
             if path not in containers or not path:
                 return f"{name} has no module {path!r}."
             if containers[path]:
@@ -236,6 +237,12 @@ def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
     uncalled = parameters.get("uncalled_modules", ())
     if not isinstance(uncalled, list | tuple) or not all(isinstance(one, str) for one in uncalled):
         return f"streaming:uncalled_modules is a list of paths, but was {uncalled!r}."
+    order = parameters.get("call_order", {})
+    if not isinstance(order, Mapping) or not all(
+        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        for names in order.values()
+    ):
+        return f"streaming:call_order maps paths to lists of paths, but was {order!r}."
     if parameters.get("load_with") is not None and parameters.get("when_idle") != "leave":
         return "streaming:load_with needs when_idle=leave."
     return None
@@ -247,9 +254,8 @@ def _is_coarse(parameters: Mapping[str, Any], count: int) -> bool:
     resident = parameters["resident_blocks"]
     levels = {round(count * level / 4) for level in range(5)}
     slots = 2 if count - resident > 1 else 1
-    return (
-        resident in levels and parameters["num_slots"] == slots and ("load_with" not in parameters)
-    )
+    is_ahead = "load_with" in parameters
+    return resident in levels and parameters["num_slots"] == slots and not is_ahead
 
 
 def _told(component: Component, workload: Workload) -> dict[str, Any]:

@@ -630,6 +630,8 @@ def test_the_call_after_an_interrupted_one_is_right(
         ({"disk_path": 3}, "disk_path is a name"),
         ({"uncalled_modules": "transformer_blocks.0"}, "is a list of paths"),
         ({"uncalled_modules": 3}, "is a list of paths"),
+        ({"call_order": ["norm", "attn"]}, "maps paths to lists of paths"),
+        ({"call_order": {"": "attn"}}, "maps paths to lists of paths"),
         ({"uncalled_modules": [3]}, "is a list of paths"),
         ({"uncalled_modules": ["nowhere"]}, "has no module 'nowhere'"),
         ({"uncalled_modules": [""]}, "has no module ''"),
