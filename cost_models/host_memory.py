@@ -108,6 +108,7 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
         return HostBytes(pageable_bytes=pageable_bytes)
     if not placement.is_pinned_ahead:
         staged_bytes = _kept_bytes(_staging_blocks(component, placement))
+        pageable_bytes += offload_groups(component, placement).replaced_bytes
         return HostBytes(pageable_bytes=pageable_bytes, pinned_bytes=staged_bytes)
     return HostBytes(
         pageable_bytes=offload_groups(component, placement).unmatched_bytes,

@@ -70,6 +70,8 @@ class Groups:
     component and one for each module of ``block_modules``. Never streamed."""
     recorders: frozenset[str] = frozenset()
     """Modules whose first ``forward`` records the order in which groups are then prefetched."""
+    replaced_bytes: int = 0
+    """Buffers that an unmatched group keeps after ``Module.to`` has put others in their place."""
 
     @property
     def unmatched_bytes(self) -> int:
@@ -151,6 +153,7 @@ def _block_groups(
     lists = {module.path for module in component.modules if module.is_block_list}
     groups: list[Group] = []
     unmatched: list[Group] = []
+    replaced: list[int] = []
 
     def cut(root: str, outer: frozenset[str]) -> None:
         covered: list[str] = []
@@ -189,14 +192,18 @@ def _block_groups(
             # The group lists the buffers of its modules as well, and Module.to makes new ones: from
             # the second forward on, old and new are both loaded (ModuleGroup._offload_to_memory).
             # What goes to disk stays the same tensor.
-            tensor_bytes = (*_storages(missing), *(() if is_on_disk else _storages(twice)))
-            unmatched.insert(place, Group(paths=(root,), tensor_bytes=tensor_bytes))
+            again = () if is_on_disk else tuple(_storages(twice))
+            replaced.extend(again)
+            unmatched.insert(
+                place, Group(paths=(root,), tensor_bytes=(*_storages(missing), *again))
+            )
 
     cut("", frozenset())
     return Groups(
         groups=tuple(groups),
         unmatched=tuple(unmatched),
         recorders=frozenset(g.paths[0] for g in unmatched if is_streamed),
+        replaced_bytes=sum(replaced),
     )
 
 

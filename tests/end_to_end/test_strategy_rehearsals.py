@@ -370,14 +370,7 @@ HOSTED = {
 
 
 def host_marks(name: str, how: str) -> tuple[pytest.MarkDecorator, ...]:
-    marks = () if name in QUICK and "streamed" in how else (pytest.mark.slow,)
-    if (name, how) == ("cogvideox", "blocks, streamed, little RAM"):
-        reason = (
-            "the group of what is in no block keeps the position table that Module.to has replaced "
-            "(ModuleGroup._offload_to_memory), which the host's figures count once: 22 KiB"
-        )
-        return (*marks, pytest.mark.xfail(reason=reason))
-    return marks
+    return () if name in QUICK and "streamed" in how else (pytest.mark.slow,)
 
 
 @pytest.mark.parametrize(
