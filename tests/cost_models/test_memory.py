@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cost_models.workloads import GPU, linear_stack, routine, workload
 
-from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
+from pipefit.cost_models.memory import SLACK_SHARE, MemoryModel, PhaseMemory, simulate
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
@@ -241,6 +241,18 @@ def test_cached_memory_is_given_back_where_the_process_is_held_to_a_budget() -> 
     held = simulate(found, choices(found, LEAVES_STREAMED), GPU, budget_bytes=budget_bytes)
     assert max(phase.promised_bytes for phase in held) <= budget_bytes
     assert [p.allocated_bytes for p in held] == [p.allocated_bytes for p in free]
+
+
+def test_what_an_earlier_phase_left_cached_asks_for_no_slack() -> None:
+    found = text_to_image()
+    encode, denoise, decode = replayed(found, RESIDENT)
+    assert encode.reserved_bytes < decode.reserved_bytes  # the decoder takes most, and comes last
+    assert decode.slack_bytes == round(SLACK_SHARE * (decode.reserved_bytes - decode.weight_bytes))
+    assert denoise.reserved_bytes == encode.reserved_bytes  # it finds what it needs
+    own_bytes = SLACK_SHARE * (denoise.allocated_bytes - denoise.weight_bytes)
+    own_bytes += denoise.allocated_bytes - denoise.reserved_bytes
+    assert denoise.slack_bytes == max(0, round(own_bytes))
+    assert denoise.slack_bytes < SLACK_SHARE * (denoise.reserved_bytes - denoise.weight_bytes)
 
 
 def test_the_copy_streams_pool_does_not_serve_activations() -> None:
