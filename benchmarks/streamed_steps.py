@@ -284,7 +284,7 @@ def measure_link(counter: Counter) -> dict[str, Any]:
     rates: dict[str, Any] = {}
     here = torch.ones(LARGE_COPY_BYTES, dtype=torch.uint8)
     start_s = time.perf_counter()
-    unlock = page_lock(here)
+    unlock = page_lock(here, device)
     rates["register_s"] = time.perf_counter() - start_s
     rates["registered_bytes_per_s"] = None
     if unlock is not None:

@@ -50,7 +50,7 @@ RAM_BYTES = 128 * 10**9
 BUDGETS_GB = range(4, 25, 2)
 
 EQUAL = 1 + TIME_TOLERANCE_PERCENT / 100
-"""Times this close count as equal, and the plan with less memory is taken (README, "How it knows")."""
+"""Times this close count as equal: then the plan with less memory is taken (README)."""
 
 CLOSE = 0.03
 """By which share the predicted time may differ from the rehearsed one."""
@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wrong += problems
     for problem in wrong:
         print(problem)
+    if given.write and tuple(given.pipelines) != PIPELINES:
+        parser.error("--write is for all pipelines together: name none")
     if given.write:
         before, rest = DOC.read_text().split(BEGIN)
         after = rest.split(END)[1]

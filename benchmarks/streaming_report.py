@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu_memory.report import heading, table, write_json
 from pipefit.cost_models.blocks import Blocks
+from pipefit.cost_models.latency import DESKTOP_LAUNCH_S
 from pipefit.cost_models.placement import Streaming
 from pipefit.cost_models.streaming import Window, call_times
 from pipefit.cost_models.units import GIB
@@ -74,7 +75,10 @@ def from_measured(
     """Return the step's time that the model of streaming gives for measured windows and link."""
     numbers = {block.path: number for number, block in enumerate(cut.blocks)}
     windows = [
-        Window(None if path is None else numbers[path], gpu_s, host_s)
+        Window(
+            None if path is None else numbers[path],
+            ((max(1, round(host_s / DESKTOP_LAUNCH_S)), gpu_s),),
+        )
         for path, gpu_s, host_s in resident["windows"]
     ]
     num_slots = row["parameters"]["num_slots"]
@@ -83,7 +87,7 @@ def from_measured(
         num_slots=num_slots,
         look_ahead=num_slots,
     )
-    return call_times(windows, cut, placement, rate_of(link)).later_s
+    return call_times(windows, cut, placement, rate_of(link), DESKTOP_LAUNCH_S).later_s
 
 
 def beside(measured: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -283,6 +283,8 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_requested_bytes = 0
         self.peak_reserved_bytes = 0
+        self.grown_reserved_bytes = 0
+        """The most that was reserved right after memory was taken; reset by whoever asks."""
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._deferred: deque[tuple[float, Block]] = deque()
         self._next_address = 0
@@ -392,6 +394,8 @@ class CachingAllocator:
             block = Block(self._next_address, segment_bytes, pool)
             self._next_address += segment_bytes
         self.reserved_bytes += segment_bytes
+        if self.reserved_bytes > self.grown_reserved_bytes:
+            self.grown_reserved_bytes = self.reserved_bytes
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes
         return block

@@ -197,3 +197,48 @@ class Clock:
         if queue is None:
             queue = self._begun_s[stream] = deque([0.0] * LAUNCH_QUEUE)
         return queue
+
+
+Run = tuple[int, float] | None
+"""Launches in a row that are alike, and the seconds that they take together; None: the host waits
+until the GPU has done all it was given."""
+
+
+class Issue:
+    """Host and GPU on the way through a call, one run of like launches after the other.
+
+    A coarse :class:`Clock`, for whole decoders in milliseconds.
+    """
+
+    def __init__(self, launch_s: float) -> None:
+        self._launch_s = launch_s
+        self.host_s = self.gpu_s = 0.0
+        self._queued: deque[tuple[int, float]] = deque()
+        """Launches of a run, and when the GPU will have done it."""
+        self._num_queued = 0
+
+    @property
+    def done_s(self) -> float:
+        """When both have done all."""
+        return max(self.host_s, self.gpu_s)
+
+    def go(self, run: Run) -> None:
+        """Issue a run of launches, or let the host wait for the GPU."""
+        if run is None:
+            self.host_s = max(self.host_s, self.gpu_s)
+            self._queued.clear()
+            self._num_queued = 0
+            return
+        num_launches, gpu_s = run
+        if not num_launches:
+            return
+        while self._num_queued > LAUNCH_QUEUE:
+            count, done_s = self._queued.popleft()
+            self._num_queued -= count
+            self.host_s = max(self.host_s, done_s)
+        issued_s = self.host_s + num_launches * self._launch_s
+        begin_s = max(self.gpu_s, self.host_s + self._launch_s)
+        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / num_launches)
+        self.host_s = issued_s
+        self._queued.append((num_launches, self.gpu_s))
+        self._num_queued += num_launches

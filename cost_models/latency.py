@@ -17,12 +17,13 @@ They are one fit: a last digit is noise, and none may be changed alone.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
-from pipefit.cost_models.clock import LAUNCH_QUEUE
+from pipefit.cost_models.blocks import aligned
+from pipefit.cost_models.clock import Issue, Run
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -47,6 +48,7 @@ from pipefit.cost_models.transfers import (
 from pipefit.cost_models.workload import (
     SYNCHRONISE,
     Component,
+    Event,
     Kernel,
     Phase,
     Workload,
@@ -392,41 +394,6 @@ def launch_seconds(gpu: Gpu) -> float:
     return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
 
 
-class _Issue:
-    """Host and GPU on the way through a call, one run of like launches after the other.
-
-    A coarse :class:`~pipefit.cost_models.clock.Clock`, for whole decoders in milliseconds.
-    """
-
-    def __init__(self, launch_s: float) -> None:
-        self._launch_s = launch_s
-        self.host_s = self.gpu_s = 0.0
-        self._queued: deque[tuple[int, float]] = deque()
-        """Launches of a run, and when the GPU will have done it."""
-        self._num_queued = 0
-
-    def run(self, num_launches: int, gpu_s: float) -> None:
-        """Issue a run of launches that take *gpu_s* together."""
-        if not num_launches:
-            return
-        while self._num_queued > LAUNCH_QUEUE:
-            count, done_s = self._queued.popleft()
-            self._num_queued -= count
-            self.host_s = max(self.host_s, done_s)
-        issued_s = self.host_s + num_launches * self._launch_s
-        begin_s = max(self.gpu_s, self.host_s + self._launch_s)
-        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / num_launches)
-        self.host_s = issued_s
-        self._queued.append((num_launches, self.gpu_s))
-        self._num_queued += num_launches
-
-    def wait(self) -> None:
-        """Let the host wait for the GPU."""
-        self.host_s = max(self.host_s, self.gpu_s)
-        self._queued.clear()
-        self._num_queued = 0
-
-
 class LatencyModel:
     """Times of one workload on one GPU; remembers each routine, so that a search may ask often."""
 
@@ -465,20 +432,11 @@ class LatencyModel:
         """
         key = (routine, attention)
         if key not in self._call_s:
-            issue = _Issue(self._launch_s)
-            self._issue(routine, attention, issue)
-            self._call_s[key] = max(issue.host_s, issue.gpu_s)
+            issue = Issue(self._launch_s)
+            for run in self._runs(("c", routine), attention):
+                issue.go(run)
+            self._call_s[key] = issue.done_s
         return self._call_s[key]
-
-    def _issue(self, routine: int, attention: Attention, issue: _Issue) -> None:
-        """Let *issue* go through a call of *routine*."""
-        for callee, cost in self._parts(routine, attention):
-            if callee is not None:
-                self._issue(callee, attention, issue)
-            elif cost is None:
-                issue.wait()
-            else:
-                issue.run(cost.num_launches, cost.gpu_s)
 
     def _parts(self, routine: int, attention: Attention) -> Sequence[_Part]:
         """Cut a routine into runs of launches, the calls between them, and waits of the host."""
@@ -664,14 +622,25 @@ class LatencyModel:
         if with_range:
             low_s = total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD)
             high_s = total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD)
+        cut = cut_of(self.workload.component(phase.component), placement)
+        streamed = cut.streamed(placement.resident_blocks)
+        stay = [cut.blocks[i].num_bytes for i in cut.called if i not in streamed]
+        stay += [aligned(tensor.num_bytes) for tensor in cut.rest]
+        num_cold = sum(self._is_cold(call, placement) for call in phase.calls)
         return PlacementTime(
             call_s=call_s,
             first_call_s=call_s,
             low_s=low_s,
             high_s=high_s,
-            h2d_bytes=0,
+            h2d_bytes=num_cold * sum(stay)
+            + len(phase.calls) * sum(cut.blocks[i].num_bytes for i in streamed),
             d2h_bytes=0,
         )
+
+    def _is_cold(self, call: int, placement: Streaming) -> bool:
+        """Whether one of the pipeline's calls finds nothing of its component on the GPU."""
+        others_before = call == 0 or self._order[call - 1] != self._order[call]
+        return placement.when_idle == "leave" and others_before
 
     def _streamed_call_s(
         self,
@@ -685,13 +654,12 @@ class LatencyModel:
         """Return the time of one of the pipeline's calls, by what was called before it."""
         name = self._order[call]
         routine = self._root_routines[call]
-        is_cold, ahead_s = False, 0.0
-        if placement.when_idle == "leave":
-            before = call - 1
-            while before >= 0 and self._order[before] == placement.load_with:
-                ahead_s += compute_factor * self.call_seconds(self._root_routines[before])
-                before -= 1
-            is_cold = self._order[call - 1] != name or call == 0
+        is_cold, ahead_s = self._is_cold(call, placement), 0.0
+        before = call - 1
+        # What that component itself copies meanwhile is not known here, and taken to be little.
+        while is_cold and before >= 0 and self._order[before] == placement.load_with:
+            ahead_s += compute_factor * self.call_seconds(self._root_routines[before])
+            before -= 1
         times = self._times_of(
             name,
             replaced.get(routine, routine),
@@ -699,7 +667,7 @@ class LatencyModel:
             attention,
             compute_factor,
             transfer_factor,
-            ahead_s if is_cold else 0.0,
+            ahead_s,
         )
         return times.cold_s if is_cold else times.later_s
 
@@ -717,11 +685,12 @@ class LatencyModel:
         found = self._call_times.get(key)
         if found is None:
             cut = cut_of(self.workload.component(name), placement)
-            place = routine, id(cut), attention
+            about = (placement.max_block_bytes, placement.uncalled_modules, placement.call_order)
+            place = routine, attention, about
             windows = self._windows.get(place)
             if windows is None:
                 windows = self._windows[place] = windows_of(
-                    self.workload, routine, cut, lambda index: self._times(index, attention)
+                    self.workload, routine, cut, lambda event: self._runs(event, attention)
                 )
             link = link_rates(self.gpu)
             rate = {
@@ -730,21 +699,29 @@ class LatencyModel:
                 "disk": link.h2d_pageable_bytes_per_s,
             }[placement.host_memory]
             found = self._call_times[key] = call_times(
-                [Window(w.block, w.gpu_s * compute_factor, w.host_s) for w in windows],
+                [window.slower(compute_factor) for window in windows],
                 cut,
                 placement,
                 rate / transfer_factor,
+                self._launch_s,
                 ahead_s=ahead_s,
             )
         return found
 
-    def _times(self, event: Sequence[Any], attention: Attention) -> tuple[float, float]:
-        """Return the seconds of GPU and host that a kernel or a call takes."""
+    def _runs(self, event: Event, attention: Attention) -> Iterator[Run]:
+        """Yield the runs of launches, and the waits, that a kernel or a call consists of."""
         if event[0] == "k":
-            cost = self._kernel_cost(event[1], attention)
-        else:
-            cost = self.routine_cost(event[1], attention)
-        return cost.gpu_s, cost.num_launches * self._launch_s
+            if self.workload.kernels[event[1]] == SYNCHRONISE:
+                yield None
+            else:
+                kernel = self._kernel_cost(event[1], attention)
+                yield kernel.num_launches, kernel.gpu_s
+            return
+        for callee, cost in self._parts(event[1], attention):
+            if callee is not None:
+                yield from self._runs(("c", callee), attention)
+            else:
+                yield None if cost is None else (cost.num_launches, cost.gpu_s)
 
     def _groups(self, component: Component, placement: GroupOffload | SequentialOffload) -> Groups:
         key = (component.name, placement)

@@ -99,8 +99,7 @@ class Replay:
         self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
         self.peak_reserved_bytes = [0] * len(workload.phases)
         self.grown_reserved_bytes = [0] * len(workload.phases)
-        """The same where the phase itself took memory; 0 where what was cached before sufficed."""
-        self._reserved_before_bytes = 0
+        """The most right after the phase took memory; 0 where what was cached before sufficed."""
         self._scratch = [scratch_bytes(kernel, gpu) for kernel in workload.kernels]
         self._is_gemm = [kernel.kind == "gemm" for kernel in workload.kernels]
         self._cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
@@ -544,11 +543,10 @@ class Replay:
             self.peak_reserved_bytes[phase] = max(
                 self.peak_reserved_bytes[phase], allocator.peak_reserved_bytes
             )
-            if allocator.peak_reserved_bytes > self._reserved_before_bytes:
-                self.grown_reserved_bytes[phase] = max(
-                    self.grown_reserved_bytes[phase], allocator.peak_reserved_bytes
-                )
-            self._reserved_before_bytes = allocator.reserved_bytes
+            self.grown_reserved_bytes[phase] = max(
+                self.grown_reserved_bytes[phase], allocator.grown_reserved_bytes
+            )
+            allocator.grown_reserved_bytes = 0
         self._peak = self._now()
         allocator.reset_peak()
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import allocated_bytes
 from pipefit.cost_models.blocks import Blocks, aligned, blocks_of, modules_above
+from pipefit.cost_models.clock import Issue, Run
 from pipefit.cost_models.placement import Streaming
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.workload import Component, Event, Workload
@@ -31,8 +32,12 @@ class Window(NamedTuple):
 
     block: int | None
     """Which of the component's blocks, by its number in :class:`Blocks`."""
-    gpu_s: float
-    host_s: float
+    runs: tuple[Run, ...]
+
+    def slower(self, factor: float) -> Window:
+        """Return the same on a GPU that takes *factor* times as long."""
+        runs = tuple(None if run is None else (run[0], run[1] * factor) for run in self.runs)
+        return Window(self.block, runs)
 
 
 class CallTimes(NamedTuple):
@@ -116,37 +121,39 @@ def windows_of(
     workload: Workload,
     routine: int,
     cut: Blocks,
-    seconds_of: Callable[[Event], tuple[float, float]],
+    runs_of: Callable[[Event], Iterable[Run]],
 ) -> tuple[Window, ...]:
     """Cut one call of *routine* at the blocks of its component.
 
-    *seconds_of* says how long GPU and host take for a kernel or a whole call, given its event.
+    *runs_of* says what a kernel or a whole call consists of, given its event.
     """
     number = {block.path: i for i, block in enumerate(cut.blocks)}
     above = {prefix for path in number for prefix in modules_above(path)}
     found: list[Window] = []
+    between: list[Run] = []
 
-    def add(block: int | None, gpu_s: float, host_s: float) -> None:
-        if block is None and found and found[-1].block is None:
-            last = found.pop()
-            gpu_s, host_s = gpu_s + last.gpu_s, host_s + last.host_s
-        found.append(Window(block, gpu_s, host_s))
+    def end_gap() -> None:
+        if between:
+            found.append(Window(None, tuple(between)))
+            between.clear()
 
     def walk(index: int, path: str) -> None:
         for event in workload.routines[index].events:
             if event[0] == "k":
-                add(None, *seconds_of(event))
+                between.extend(runs_of(event))
             elif event[0] == "c":
                 relative = event[2]
                 below = "/" if relative[:1] == "/" else ".".join(filter(None, (path, relative)))
                 if below in number and relative:
-                    add(number[below], *seconds_of(event))
+                    end_gap()
+                    found.append(Window(number[below], tuple(runs_of(event))))
                 elif below in above:
                     walk(event[1], below)
                 else:
-                    add(None, *seconds_of(event))
+                    between.extend(runs_of(event))
 
     walk(routine, "")
+    end_gap()
     return tuple(found)
 
 
@@ -154,7 +161,13 @@ class Course:
     """Host, GPU and link on the way through the calls of one component."""
 
     def __init__(
-        self, cut: Blocks, placement: Streaming, bytes_per_s: float, *, holds_host: bool
+        self,
+        cut: Blocks,
+        placement: Streaming,
+        bytes_per_s: float,
+        launch_s: float,
+        *,
+        holds_host: bool,
     ) -> None:
         self._placement = placement
         self._streamed = set(cut.streamed(placement.resident_blocks))
@@ -162,7 +175,9 @@ class Course:
         self._rest_s = sum(aligned(t.num_bytes) for t in cut.rest) / bytes_per_s
         self._holds_host = holds_host
         self._order: list[int] = list(cut.called)
-        self.host_s = self.gpu_s = self._link_s = 0.0
+        self.issue = Issue(launch_s)
+        self._link_s = 0.0
+        self._resting_s: float | None = None
         self._ready_s: dict[int, float] = {}
         self._free: deque[float] = deque([0.0] * (placement.num_slots if self._streamed else 0))
         self._kept_ready_s: dict[int, float] = {}
@@ -171,8 +186,8 @@ class Course:
     def load(self, ahead_s: float, order: Sequence[int]) -> None:
         """Copy what left back in, begun *ahead_s* before now."""
         self._order = list(order)
-        begin_s = self.host_s - ahead_s
-        self.gpu_s = max(self.gpu_s, self._copied(self._rest_s, begin_s, 0.0))
+        begin_s = self.issue.host_s - ahead_s
+        self.issue.gpu_s = max(self.issue.gpu_s, self._copied(self._rest_s, begin_s, 0.0))
         self._free = deque([begin_s] * len(self._free))
         self._ready_s = {}
         self._kept_ready_s = {}
@@ -185,32 +200,42 @@ class Course:
     def call(self, windows: Sequence[Window], order: Sequence[int]) -> None:
         """Go through one call; *order* are the blocks of it, of which some may come again."""
         self._order = list(order)
-        place = 0
+        issue, place = self.issue, 0
         for window in windows:
-            ready_s = 0.0
             block = window.block
             if block is not None:
-                self.host_s += BLOCK_HOOK_S * (block in self._streamed)
-                ready_s = self._arrival(block)
-            begin_s = max(self.gpu_s, self.host_s, ready_s)
-            self.host_s += window.host_s
-            self.gpu_s = max(begin_s + window.gpu_s, self.host_s)
+                issue.host_s += BLOCK_HOOK_S * (block in self._streamed)
+                issue.gpu_s = max(issue.gpu_s, self._arrival(block))
+            for run in window.runs:
+                issue.go(run)
             if block is not None:
                 place += 1
                 if block in self._streamed:
                     self._ready_s.pop(block, None)
-                    self._free.append(self.gpu_s)
-                    self._fill_from(place, self.host_s)
+                    self._give_up(issue.gpu_s)
+                    self._fill_from(place, issue.host_s)
         self._is_loaded = True
+
+    def _give_up(self, done_s: float) -> None:
+        """As the engine's: out of ordinary memory, a slot rests until the next block is issued."""
+        if self._holds_host:
+            before_s, self._resting_s = self._resting_s, done_s
+            if before_s is None:
+                return
+            done_s = before_s
+        self._free.append(done_s)
 
     def _arrival(self, block: int) -> float:
         if block not in self._streamed:
             return self._kept_ready_s.get(block, 0.0)
         if block not in self._ready_s:
+            if not self._free and self._resting_s is not None:
+                self._free.append(self._resting_s)
+                self._resting_s = None
             if not self._free:  # what was foreseen wrongly gives its slot up
                 self._ready_s.popitem()
-                self._free.append(self.host_s)
-            self._copy(block, self.host_s)
+                self._free.append(self.issue.host_s)
+            self._copy(block, self.issue.host_s)
         return self._ready_s[block]
 
     def _fill_from(self, place: int, now_s: float) -> None:
@@ -234,15 +259,15 @@ class Course:
 
     def _copy(self, block: int, now_s: float) -> None:
         self._ready_s[block] = self._copied(self._copy_s[block], now_s, self._free.popleft())
-        self.host_s += COPY_LATENCY_S
+        self.issue.host_s += COPY_LATENCY_S
 
     def _copied(self, seconds: float, now_s: float, free_s: float) -> float:
         """Return when a copy has arrived that may begin at *now_s*, once its slot is free."""
         if self._holds_host:
-            # Ordinary memory is staged by the host at once: "API synchronization behavior" of the
-            # CUDA runtime. The rate is that of the staging; the rest of the way is quicker.
-            self.host_s = max(self.host_s, now_s) + seconds
-            return max(self.host_s, free_s)
+            # The driver stages ordinary memory and may wait for the stream first ("API
+            # synchronization behavior" of the CUDA runtime), as it must for more than it can stage.
+            self.issue.host_s = max(self.issue.host_s, now_s, free_s) + seconds
+            return self.issue.host_s
         self._link_s = max(self._link_s, now_s, free_s) + seconds
         return self._link_s
 
@@ -252,17 +277,21 @@ def call_times(
     cut: Blocks,
     placement: Streaming,
     bytes_per_s: float,
+    launch_s: float,
     *,
     ahead_s: float = 0.0,
 ) -> CallTimes:
-    """Return the time of a later and of a cold call; the latter's copies begin *ahead_s* before."""
+    """Return the time of a later and of a cold call; the latter's copies begin *ahead_s* before.
+
+    *launch_s* is the host's for a launch.
+    """
     order = [w.block for w in windows if w.block is not None]
-    course = Course(cut, placement, bytes_per_s, holds_host=placement.host_memory != "pinned")
+    holds_host = placement.host_memory != "pinned"
+    course = Course(cut, placement, bytes_per_s, launch_s, holds_host=holds_host)
     if placement.when_idle == "leave":
         course.load(ahead_s, order)
     ends = [0.0]
     for _ in range(NUM_PASSES):
         course.call(windows, order)
-        ends.append(max(course.host_s, course.gpu_s))
-        # The host is far ahead of the GPU between calls too: only the GPU's time counts.
+        ends.append(course.issue.done_s)
     return CallTimes(later_s=ends[-1] - ends[-2], cold_s=ends[1])

@@ -318,7 +318,7 @@ class Stage(Recorder):
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
             if isinstance(self.placements.get(self._phase[0].component), Streaming):
-                self.clock.work(BLOCK_HOOK_S)
+                self.clock.work(BLOCK_HOOK_S)  # of the block that the copy is for
         if copy.source is not None and copy.target is not None:
             self._copy_between(copy.source, copy.target, copy.num_bytes)
             return
@@ -335,9 +335,11 @@ class Stage(Recorder):
         seconds = self.gpus[place].copy_s(copy, finds_new_pages=self._finds_new_pages)
         is_blocking = copy.is_blocking
         if not (copy.is_pinned or is_blocking):
-            # "API synchronization behavior" of the CUDA runtime: what is pageable is staged at once
-            # on its way in, without a wait for the stream; on its way out the host waits.
+            # "API synchronization behavior" of the CUDA runtime: what is pageable is staged by the
+            # host on its way in, which may wait for the stream first, and must for more than can
+            # be staged; on its way out the host waits.
             if is_in:
+                self.clock.synchronise(stream)
                 self.clock.work(seconds)
                 seconds = 0.0
             is_blocking = not is_in

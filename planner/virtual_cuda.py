@@ -428,10 +428,10 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
     return table
 
 
-def _page_lock(original: Any, tensor: Any) -> Any:
+def _page_lock(original: Any, tensor: Any, device: Any) -> Any:
     """The driver registers any memory; there is no address here to ask it for."""
     if not isinstance(tensor, VirtualTensor):
-        return original(tensor)
+        return original(tensor, device)
     buffer = buffer_of(tensor)
     buffer.machine.observer.page_locked(buffer)
     buffer.is_pinned = buffer.is_written = True

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def page_lock(buffer: Any) -> Callable[[], None] | None:
-    """Page-lock the memory of *buffer*, a tensor on the CPU; return how to unlock it.
+def page_lock(buffer: Any, device: Any) -> Callable[[], None] | None:
+    """Page-lock the memory of *buffer*, a tensor on the CPU, for copies to *device*; return how to
+    unlock it.
 
     None where the driver refuses, most often because the user may not lock that much memory
     (``ulimit -l``). Undo it before the tensor goes.
@@ -23,9 +24,10 @@ def page_lock(buffer: Any) -> Callable[[], None] | None:
 
     runtime = torch.cuda.cudart()
     address, num_bytes = buffer.data_ptr(), buffer.numel() * buffer.element_size()
-    if int(runtime.cudaHostRegister(address, num_bytes, 0)) != 0:
-        _forget_error()
-        return None
+    with torch.cuda.device(device):  # no context on another GPU
+        if int(runtime.cudaHostRegister(address, num_bytes, 0)) != 0:
+            _forget_error()
+            return None
     return lambda: runtime.cudaHostUnregister(address)
 
 

@@ -5,7 +5,7 @@ transfer on a stream of its own, into a slot of a small ring; its parameters bec
 slot, and of the host buffer again afterwards, so that nothing is ever copied back. A slot that
 became free is filled at once with the block that comes next, by the order that the last forward
 showed: after the last block of a step comes the first of the next. Streams wait for each other by
-events; the host waits for nothing.
+events; the host waits for nothing, as long as all of it is page-locked.
 
 What is easily got wrong: the copy into a slot must wait until the kernels that read its last block
 are done, and memory that is new to the copy stream may still be read by kernels queued before.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,9 +34,12 @@ class Packed:
     """Parameters one behind the other in a host buffer, and in copies of it elsewhere."""
 
     def __init__(
-        self, parameters: Sequence[Any], host_memory: str, device: Any, file: str | None = None
+        self, parameters: Sequence[Any], device: Any, *, is_locked: bool, file: str | None = None
     ) -> None:
-        """Move *parameters* into a buffer of their own; in *file*, if it is given."""
+        """Move *parameters* into a buffer of their own; in *file*, if it is given.
+
+        It is page-locked for copies to *device* if *is_locked*, unless the driver refuses.
+        """
         self.parameters = list(parameters)
         self._places = [one.device for one in parameters]
         self._layout = []
@@ -46,14 +50,11 @@ class Packed:
         self.num_bytes = end
         self.host = parameters[0].new_empty(end, dtype=torch.uint8, device="cpu")
         self._unlock = None
-        if host_memory == "pinned" and device.type == "cuda":
-            self._unlock = page_locked.page_lock(self.host)
-            if self._unlock is None:
-                warnings.warn(
-                    f"{end} bytes of host memory could not be page-locked, so they are copied from "
-                    "ordinary memory, which is slower: raise `ulimit -l`, or plan with less RAM.",
-                    stacklevel=2,
-                )
+        unlock = page_locked.page_lock(self.host, device) if is_locked else None
+        if unlock is not None:
+            # Also where nobody undoes anything: memory that is freed locked stays locked for good.
+            self._unlock = weakref.finalize(self, unlock)
+            self._unlock.atexit = False
         self.host_views = self.views_in(self.host)
         num_moved = 0
         try:
@@ -92,11 +93,17 @@ class Packed:
 
     def _unpack(self, count: int) -> None:
         packed = zip(self.parameters, self.host_views, self._places, strict=True)
-        for one, view, place in itertools.islice(packed, count):
-            one.data = view.clone() if place.type == "cpu" else view.to(place)
-        if self._unlock is not None:
-            self._unlock()
-            self._unlock = None
+        try:
+            for one, view, place in itertools.islice(packed, count):
+                one.data = view.clone() if place.type == "cpu" else view.to(place)
+        finally:
+            if self._unlock is not None:
+                self._unlock()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether copies of the host buffer run beside the host."""
+        return self._unlock is not None
 
 
 def _mapped(buffer: Any, file: str) -> Any:
@@ -218,6 +225,11 @@ class Streamer:
         self._handles: list[Any] = []
         self._ring: list[_Slot] = []
         self._free: deque[_Slot] = deque()
+        self._resting: _Slot | None = None
+        """Out of ordinary memory: the slot of the block that ran last, see :meth:`_give_up`."""
+        self._is_locking = how.host_memory == "pinned" and device.type == "cuda"
+        self._holds_host = False
+        """Whether the host waits for copies, because some are out of ordinary memory."""
         self._next: dict[_Block, _Block] = {}
         self._last: _Block | None = None
         self._is_loaded = self._is_awaited = False
@@ -245,22 +257,14 @@ class Streamer:
         for number, block in enumerate(cut.blocks):
             if number not in streamed and not leaves:
                 continue
-            file = None if disk_path is None else os.path.join(disk_path, f"{number}.safetensors")
-            packed = Packed(
-                [parameters[tensor.path] for tensor in block.tensors],
-                how.host_memory,
-                device,
-                file,
-            )
+            packed = self._packed([parameters[t.path] for t in block.tensors], disk_path, number)
             part = module.get_submodule(block.path)
             self._blocks.append(_Block(part, packed, is_streamed=number in streamed))
             if block.is_called:
                 self._foreseen.append(self._blocks[-1])
         if leaves and cut.rest:
-            file = None if disk_path is None else os.path.join(disk_path, "rest.safetensors")
-            self._rest = Packed(
-                [parameters[tensor.path] for tensor in cut.rest], how.host_memory, device, file
-            )
+            rest = [parameters[tensor.path] for tensor in cut.rest]
+            self._rest = self._packed(rest, disk_path, "rest")
         moved = {id(one) for block in self._blocks for one in block.packed.parameters}
         if self._rest is not None:
             moved |= {id(one) for one in self._rest.parameters}
@@ -277,6 +281,20 @@ class Streamer:
             self._handles.append(
                 part.register_forward_pre_hook(lambda *_: self.begin_call(), prepend=True)
             )
+
+    def _packed(self, parameters: Sequence[Any], disk_path: str | None, name: object) -> Packed:
+        """Pack *parameters*; once the driver has refused to page-lock, it is not asked again."""
+        file = None if disk_path is None else os.path.join(disk_path, f"{name}.safetensors")
+        packed = Packed(parameters, self._device, is_locked=self._is_locking, file=file)
+        if self._is_locking and not packed.is_locked:
+            self._is_locking = False
+            warnings.warn(
+                "Host memory could not be page-locked, so weights are copied from ordinary memory, "
+                "which takes longer than planned: raise `ulimit -l`, or plan with less RAM.",
+                stacklevel=2,
+            )
+        self._holds_host |= self._device.type != "cpu" and not packed.is_locked
+        return packed
 
     def _watch(self, block: _Block) -> None:
         module = block.module
@@ -325,7 +343,7 @@ class Streamer:
         if self._slot_bytes:
             count = self._how.num_slots
             self._ring = [_Slot(self._empty(self._slot_bytes), stream) for _ in range(count)]
-        self._free = deque(self._ring)
+        self._free, self._resting = deque(self._ring), None
         for block in self._blocks:
             if not block.is_streamed:
                 block.home = _Slot(self._empty(block.packed.num_bytes), stream)
@@ -348,10 +366,11 @@ class Streamer:
         for block in self._blocks:
             block.packed.point_to(block.packed.host_views)
             block.home = block.slot = None
+            block.is_running = False
             block.forget_views()
         if self._rest is not None:
             self._rest.point_to(self._rest.host_views)
-        self._ring, self._free = [], deque()
+        self._ring, self._free, self._resting = [], deque(), None
         self._is_loaded = False
 
     def close(self) -> None:
@@ -361,9 +380,10 @@ class Streamer:
         self._handles = []
         self._let_go()
         self._stream.synchronize()
-        for packed in (*(block.packed for block in self._blocks), self._rest):
-            if packed is not None:
-                packed.unpack()
+        with ExitStack() as unpacking:  # all of them, even if one fails for want of memory
+            for packed in (*(block.packed for block in self._blocks), self._rest):
+                if packed is not None:
+                    unpacking.callback(packed.unpack)
         self._blocks, self._rest = [], None
 
     def _empty(self, num_bytes: int) -> Any:
@@ -419,7 +439,7 @@ class Streamer:
         slot.was_used = True
         slot.block = block.slot = None
         if slot in self._ring:
-            self._free.append(slot)
+            self._give_up(slot)
         else:
             block.forget_views()
         if self._foreseen:
@@ -452,6 +472,19 @@ class Streamer:
                 self._fill_home(block)
             block = self._after(block)
 
+    def _give_up(self, slot: _Slot) -> None:
+        """Let others have *slot*: at once, or when the next block has been issued.
+
+        A copy out of ordinary memory holds the host until the slot is free. That must not be before
+        the next block is queued, or the GPU would have nothing to do meanwhile.
+        """
+        if self._holds_host:
+            slot_before, self._resting = self._resting, slot
+            if slot_before is None:
+                return
+            slot = slot_before
+        self._free.append(slot)
+
     def _fill_now(self, block: _Block) -> _Slot:
         """Copy *block*, which nobody foresaw, in place of what is least soon needed."""
         if not block.is_streamed:
@@ -463,7 +496,8 @@ class Streamer:
             self._fill(block, slot)
             return slot
         if not self._free:
-            self._free.append(self._least_soon(block))
+            resting, self._resting = self._resting, None
+            self._free.append(resting or self._least_soon(block))
         slot = self._free.popleft()
         self._fill(block, slot)
         return slot

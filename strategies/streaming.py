@@ -71,8 +71,9 @@ UNMOVABLE_BACKENDS = ("bitsandbytes", "torchao", "quanto")
 class Streaming:
     """``resident_blocks`` of a component's blocks stay on the GPU, the others take turns.
 
-    ``disk_path`` is an existing folder; each component gets a folder of its own in it, which is
-    gone after undoing.
+    Weights must not be changed while it is in force (load or fuse adapters before): what is written
+    to a copy on the GPU goes with that copy. ``disk_path`` is an existing folder; each component gets
+    a folder of its own in it, which is gone after undoing.
     """
 
     name: str = "streaming"
@@ -188,8 +189,9 @@ class Streaming:
         name, device = str(component), torch.device(device)
         module = modules[name]
         load_with = parameters.get("load_with")
-        if load_with is not None and load_with not in modules:
-            raise UnknownName("component", load_with, modules)
+        others = [other for other, part in modules.items() if part is not module]
+        if load_with is not None and load_with not in others:
+            raise UnknownName("component", load_with, others)
         described = describe_component(name, module, self.traits(module))
         _check_parameters(described, module)
         how, folder = self.placement(parameters), parameters.get("disk_path")
@@ -234,6 +236,8 @@ def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
     for key in ("load_with", "disk_path"):
         if not isinstance(parameters.get(key, ""), str | None):
             return f"streaming:{key} is a name, but was {parameters[key]!r}."
+    if parameters.get("disk_path") is not None and "host_memory" in parameters:
+        return "streaming:disk_path says where blocks wait: leave host_memory out."
     uncalled = parameters.get("uncalled_modules", ())
     if not isinstance(uncalled, list | tuple) or not all(isinstance(one, str) for one in uncalled):
         return f"streaming:uncalled_modules is a list of paths, but was {uncalled!r}."

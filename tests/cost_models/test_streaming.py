@@ -11,7 +11,8 @@ from tests.cost_models.workloads import linear_stack, tensor
 
 from pipefit.cost_models.blocks import Block, Blocks, aligned
 from pipefit.cost_models.placement import Streaming
-from pipefit.cost_models.streaming import Window, call_times, cut_of, streamed_bytes, turns
+from pipefit.cost_models.streaming import CallTimes, Window, cut_of, streamed_bytes, turns
+from pipefit.cost_models.streaming import call_times as times_of_windows
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.units import MIB
 
@@ -30,8 +31,15 @@ def equal_blocks(count: int, num_bytes: int) -> Blocks:
     return Blocks(blocks=blocks, rest=(), buffers=())
 
 
-def windows(count: int, gpu_s: float, host_s: float = 0.0) -> list[Window]:
-    return [Window(i, gpu_s, host_s) for i in range(count)]
+def windows(count: int, gpu_s: float) -> list[Window]:
+    return [Window(i, ((1, gpu_s),)) for i in range(count)]
+
+
+def call_times(
+    parts: list[Window], cut: Blocks, placement: Streaming, *, host_s: float = 0.0, **ahead: float
+) -> CallTimes:
+    """Return the times where the host takes *host_s* for each block."""
+    return times_of_windows(parts, cut, placement, RATE, host_s, **ahead)
 
 
 counts = st.integers(1, 24)
@@ -48,7 +56,7 @@ def placed(resident_blocks: int, num_slots: int, **more: Any) -> Streaming:
 def test_with_nothing_streamed_a_call_takes_what_it_computes(
     count: int, gpu_s: float, size: int, slots: int
 ) -> None:
-    times = call_times(windows(count, gpu_s), equal_blocks(count, size), placed(count, slots), RATE)
+    times = call_times(windows(count, gpu_s), equal_blocks(count, size), placed(count, slots))
     assert times.later_s == pytest.approx(count * gpu_s)
     assert times.cold_s == pytest.approx(count * gpu_s)
 
@@ -59,9 +67,7 @@ def test_with_nothing_computed_a_call_takes_what_the_link_does(
 ) -> None:
     resident = min(resident, count)
     num_streamed = count - resident
-    times = call_times(
-        windows(count, 0.0), equal_blocks(count, size), placed(resident, slots), RATE
-    )
+    times = call_times(windows(count, 0.0), equal_blocks(count, size), placed(resident, slots))
     link_s = num_streamed * size / RATE
     assert link_s <= times.later_s * (1 + 1e-9)
     assert times.later_s <= link_s + num_streamed * HOST_S
@@ -78,9 +84,7 @@ def test_a_call_lies_between_full_overlap_and_none(
     count: int, gpu_s: float, size: int, slots: int, resident: int
 ) -> None:
     resident = min(resident, count)
-    times = call_times(
-        windows(count, gpu_s), equal_blocks(count, size), placed(resident, slots), RATE
-    )
+    times = call_times(windows(count, gpu_s), equal_blocks(count, size), placed(resident, slots))
     link_s, compute_s = (count - resident) * size / RATE, count * gpu_s
     assert max(link_s, compute_s) <= times.later_s * (1 + 1e-9) + 1e-12
     assert times.later_s <= link_s + compute_s + count * HOST_S
@@ -102,7 +106,7 @@ def test_another_slot_is_never_slower(
     cut = Blocks(blocks=blocks, rest=(), buffers=())
     resident = min(resident, len(blocks))
     one, more = (
-        call_times(windows(len(blocks), gpu_s), cut, placed(resident, num), RATE)
+        call_times(windows(len(blocks), gpu_s), cut, placed(resident, num))
         for num in (slots, slots + 1)
     )
     assert more.later_s <= one.later_s * (1 + 1e-9) + len(blocks) * HOST_S
@@ -121,7 +125,7 @@ def test_another_resident_block_is_never_slower(
     resident = min(resident, count - 1)
     cut = equal_blocks(count, size)
     one, more = (
-        call_times(windows(count, gpu_s), cut, placed(num, slots), RATE)
+        call_times(windows(count, gpu_s), cut, placed(num, slots))
         for num in (resident, resident + 1)
     )
     assert more.later_s <= one.later_s * (1 + 1e-9) + count * HOST_S
@@ -148,7 +152,7 @@ def test_a_cold_call_is_never_faster_than_a_later_one(
     host_memory: Any,
 ) -> None:
     placement = placed(min(resident, count), slots, when_idle=when_idle, host_memory=host_memory)
-    times = call_times(windows(count, gpu_s, host_s), equal_blocks(count, size), placement, RATE)
+    times = call_times(windows(count, gpu_s), equal_blocks(count, size), placement, host_s=host_s)
     assert times.cold_s >= times.later_s * (1 - 1e-9) - count * HOST_S
 
 
@@ -158,7 +162,7 @@ def test_what_is_loaded_ahead_is_waited_for_less(
 ) -> None:
     cut, placement = equal_blocks(count, size), placed(count, 1, when_idle="leave")
     cold, ahead = (
-        call_times(windows(count, gpu_s), cut, placement, RATE, ahead_s=seconds).cold_s
+        call_times(windows(count, gpu_s), cut, placement, ahead_s=seconds).cold_s
         for seconds in (0.0, ahead_s)
     )
     least_s = max(count * gpu_s, count * size / RATE - ahead_s)
@@ -168,7 +172,7 @@ def test_what_is_loaded_ahead_is_waited_for_less(
 def test_ordinary_memory_holds_the_host_up_and_page_locked_memory_does_not() -> None:
     cut, gpu_s = equal_blocks(8, 100 * MIB), 100 * MIB / RATE
     pinned, pageable = (
-        call_times(windows(8, gpu_s, gpu_s / 2), cut, placed(0, 2, host_memory=one), RATE).later_s
+        call_times(windows(8, gpu_s), cut, placed(0, 2, host_memory=one), host_s=gpu_s / 2).later_s
         for one in ("pinned", "pageable")
     )
     assert pinned == pytest.approx(8 * gpu_s, rel=0.01)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,13 +19,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.end_to_end.small_runs import untouched
-from tests.small_pipelines import SMALL_PIPELINES, picture
+from tests.small_pipelines import SMALL_PIPELINES, picture, small_call
 from tests.strategies.described import described
 from tests.strategies.late_copies import WrongOrder, late_copies, poisoned_slots
 
 from pipefit.cost_models.blocks import aligned, blocks_of
 from pipefit.errors import ApplyFailed, InvalidRequest, UnsupportedPipeline
+from pipefit.planner import virtual_cuda
 from pipefit.planner.apply import apply_options
+from pipefit.planner.catalog import find_gpu
+from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies import page_locked, strategy, streamer
 from pipefit.strategies.live import module_components
@@ -443,8 +448,8 @@ def test_the_host_holds_what_is_streamed_and_no_more(
     packed: list[Any] = []
 
     class Counted(streamer.Packed):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
             packed.append(self)
 
     monkeypatch.setattr(streamer, "Packed", Counted)
@@ -492,17 +497,58 @@ def test_every_layout_comes_back_as_it_was(way: Mapping[str, Any]) -> None:
         assert torch.equal(one, before[path][1])
 
 
-def test_without_page_locked_memory_it_warns_and_streams_all_the_same(
+def test_weights_are_packed_all_the_same_where_memory_cannot_be_page_locked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(page_locked, "page_lock", lambda buffer: None)
-    parameters = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    monkeypatch.setattr(page_locked, "page_lock", lambda buffer, device: None)
+    parameters = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(7))]
     values = [one.detach().clone() for one in parameters]
-    with pytest.warns(UserWarning, match="could not be page-locked"):
-        packed = streamer.Packed(parameters, "pinned", torch.device("cuda"))
+    packed = streamer.Packed(parameters, torch.device("cuda"), is_locked=True)
+    assert not packed.is_locked
     assert all(torch.equal(one, value) for one, value in zip(parameters, values, strict=True))
     packed.unpack()
     assert all(torch.equal(one, value) for one, value in zip(parameters, values, strict=True))
+
+
+def test_the_driver_is_asked_once_and_the_user_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(virtual_cuda, "_page_lock", lambda *about: asked.append(about))
+    options = [
+        on("transformer", max_block_bytes=16 << 10),
+        *(
+            Option(strategy="resident", component=name)
+            for name in ("text_encoder", "text_encoder_2", "vae")
+        ),
+    ]
+    with pytest.warns(UserWarning, match="could not be page-locked") as told:
+        rehearsed = rehearse(fresh("flux"), options, small_call("flux"), find_gpu("rtx-4090"))
+    assert len(asked) == len([one for one in told if "page-locked" in str(one.message)]) == 1
+    assert rehearsed.pinned_bytes == 0
+    assert sum(phase.copies.to_gpu_bytes for phase in rehearsed.phases) > 0
+
+
+def _keeps(packed: streamer.Packed, *_: Any) -> None:
+    """A hook that refers to what the module's parameters are views of."""
+
+
+def test_memory_that_nobody_undoes_is_unlocked_with_its_pipeline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    locked: list[int] = []
+
+    def page_lock(buffer: torch.Tensor, device: Any) -> Any:
+        address = buffer.data_ptr()
+        locked.append(address)
+        return lambda: locked.remove(address)
+
+    monkeypatch.setattr(page_locked, "page_lock", page_lock)
+    layer = torch.nn.Linear(4, 4)
+    packed = streamer.Packed(list(layer.parameters()), torch.device("cuda"), is_locked=True)
+    layer.register_forward_pre_hook(functools.partial(_keeps, packed))
+    assert len(locked) == 1
+    del packed, layer
+    gc.collect()
+    assert locked == []
 
 
 def test_page_locked_memory_is_unlocked_once_whether_it_served_or_not(
@@ -510,19 +556,20 @@ def test_page_locked_memory_is_unlocked_once_whether_it_served_or_not(
 ) -> None:
     locked: list[int] = []
 
-    def page_lock(buffer: torch.Tensor) -> Any:
+    def page_lock(buffer: torch.Tensor, device: Any) -> Any:
         locked.append(buffer.data_ptr())
         return lambda: locked.remove(buffer.data_ptr())
 
     monkeypatch.setattr(page_locked, "page_lock", page_lock)
     parameters = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
     cuda = torch.device("cuda")
-    packed = streamer.Packed(parameters, "pinned", cuda)
+    packed = streamer.Packed(parameters, cuda, is_locked=True)
     assert locked == [packed.host.data_ptr()]
     packed.unpack()
     assert locked == []
+    file = str(tmp_path / "nowhere" / "file")
     with pytest.raises(Exception, match="No such file"):
-        streamer.Packed(parameters, "pinned", cuda, str(tmp_path / "nowhere" / "file"))
+        streamer.Packed(parameters, cuda, is_locked=True, file=file)
     assert locked == []
     assert len({one.untyped_storage().data_ptr() for one in parameters}) == 2
 
@@ -632,6 +679,7 @@ def test_the_call_after_an_interrupted_one_is_right(
         ({"uncalled_modules": 3}, "is a list of paths"),
         ({"call_order": ["norm", "attn"]}, "maps paths to lists of paths"),
         ({"call_order": {"": "attn"}}, "maps paths to lists of paths"),
+        ({"disk_path": "x", "host_memory": "pinned"}, "leave host_memory out"),
         ({"uncalled_modules": [3]}, "is a list of paths"),
         ({"uncalled_modules": ["nowhere"]}, "has no module 'nowhere'"),
         ({"uncalled_modules": [""]}, "has no module ''"),

@@ -199,9 +199,9 @@ def test_streamed_weights_are_page_locked_while_they_wait_and_not_afterwards(pip
 
 def test_a_refused_page_lock_is_not_reported_by_the_next_kernel() -> None:
     buffer = torch.zeros(1 << 20, dtype=torch.uint8)
-    unlock = page_locked.page_lock(buffer)
+    unlock = page_locked.page_lock(buffer, "cuda")
     assert unlock is not None
-    assert page_locked.page_lock(buffer) is None  # it is locked already
+    assert page_locked.page_lock(buffer, "cuda") is None  # it is locked already
     assert torch.ones(1, device="cuda").add(1).item() == 2
     unlock()
     assert not buffer.is_pinned()
