@@ -72,8 +72,10 @@ class Streaming:
     """``resident_blocks`` of a component's blocks stay on the GPU, the others take turns.
 
     Weights must not be changed while it is in force (load or fuse adapters before): what is written
-    to a copy on the GPU goes with that copy. ``disk_path`` is an existing folder; each component gets
-    a folder of its own in it, which is gone after undoing.
+    to a copy on the GPU goes with that copy.
+
+    ``disk_path`` is an existing folder; each component gets a folder of its own in it, which is
+    gone after undoing.
     """
 
     name: str = "streaming"
