@@ -17,7 +17,13 @@ from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import Attention, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Streaming
+from pipefit.cost_models.placement import (
+    GroupOffload,
+    ModelOffload,
+    Placement,
+    Resident,
+    Streaming,
+)
 from pipefit.cost_models.prediction import (
     Choice,
     DevicePeak,
@@ -298,6 +304,7 @@ class Pricing:
             pinned_bytes=host.pinned_bytes,
             quality_rank=max(option_quality(o).rank for o in (*options, *self.load_options)),
             num_strategies=len(counted),
+            stock=_stock_way(placement),
             payload=Pick(choice=choice, options=options, attention=attention),
         )
 
@@ -453,6 +460,18 @@ class Pricing:
                 attention=attention_of(parts),
             )
         return picks
+
+
+def _stock_way(placement: Placement) -> str:
+    """Name the way of diffusers that *placement* is; empty for streaming, which is pipefit's.
+
+    Groups are the same way whatever blocks a component has.
+    """
+    if isinstance(placement, Streaming):
+        return ""
+    if isinstance(placement, GroupOffload):
+        placement = replace(placement, block_modules=())
+    return repr(placement)
 
 
 def _loading_notes(loading_bytes: int) -> tuple[str, ...]:

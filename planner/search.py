@@ -6,17 +6,18 @@ phase, small enough to be solved to the optimum: dominated candidates go first, 
 bound over whole arrays of partial selections at a time, with Lagrangian bounds.
 
 What a reader would get wrong: the winner is *not* the fastest selection. Among everything within
-2 % of the best time the better quality wins, then the lower peak, then fewer strategies, then
-time. Every rule is one more exact minimisation inside the box that the rules before it left, so the
-result equals brute force and does not depend on the order of the input. Seconds are compared as
-whole nanoseconds: sums of integers have no order of summation.
+2 % of the best time, and as fast as the best that diffusers offers on its own, the better quality
+wins, then the lower peak, then fewer strategies, then time. Every rule is one more exact
+minimisation inside the box that the rules before it left, so the result equals brute force and does
+not depend on the order of the input. Seconds are compared as whole nanoseconds: sums of integers
+have no order of summation.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -66,6 +67,8 @@ class Candidate:
     pinned_bytes: int = 0
     quality_rank: int = 0
     num_strategies: int = 0
+    stock: str = ""
+    """Which of diffusers' own ways of placing weights this is; empty for what only pipefit does."""
     payload: Any = field(default=None, compare=False)
     """What the planner wants back; the search never looks at it."""
 
@@ -129,9 +132,11 @@ class Rejected:
 def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     """Return the best selection of all *problems* within *limits*; None if there is none.
 
-    Best: among the selections within 2 % of the least time the one with the best quality, then the
-    lowest peak, the fewest strategies, the least time; what is still equal is settled by the sums
-    of quality ranks and bytes and by the names, never by the order of the input.
+    Best: among the selections within 2 % of the least time, and not slower than any stock one, the
+    one with the best quality, then the lowest peak, the fewest strategies, the least time; what is
+    still equal is settled by the sums of quality ranks and bytes and by the names, never by the
+    order of the input. Stock is what diffusers does on its own: one of its ways of placing weights
+    wherever that can be had, another of them elsewhere.
 
     >>> slow = Candidate(key="offload", phase_bytes=(1,), call_s=3.0)
     >>> fast = Candidate(key="resident", phase_bytes=(8,), call_s=1.0)
@@ -140,7 +145,8 @@ def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     >>> [search([unet], Limits(budget_bytes=b)).choices["unet"].key for b in (9, 8)]
     ['resident', 'offload']
     """
-    boxes = _best_quality(_fastest(_boxes(problems, limits)))
+    fastest = _fastest(_boxes(problems, limits), _stock_ns(problems, limits))
+    boxes = _best_quality(fastest)
     for columns in (
         _Columns.phases,
         _Columns.num_strategies,
@@ -235,6 +241,8 @@ def _worse(selection: Selection, chosen: Selection) -> str:
     slower = selection.call_s / chosen.call_s - 1 if chosen.call_s else 0.0
     if slower * 100 > TIME_TOLERANCE_PERCENT:
         return f"{slower:.0%} slower" if slower < 1 else f"{slower + 1:.1f} times as slow"
+    if _preference(selection) < _preference(chosen):
+        return "slower than diffusers on its own"
     if selection.quality_rank > chosen.quality_rank:
         return "as fast, but lower quality"
     if selection.peak_bytes > chosen.peak_bytes:
@@ -242,6 +250,16 @@ def _worse(selection: Selection, chosen: Selection) -> str:
     if selection.num_strategies > chosen.num_strategies:
         return "as fast and as large, but more strategies"
     return "no better in time or memory"
+
+
+def _preference(selection: Selection) -> tuple[float, ...]:
+    """What decides between selections that are fast enough; the lower wins."""
+    return (
+        selection.quality_rank,
+        selection.peak_bytes,
+        selection.num_strategies,
+        selection.call_s,
+    )
 
 
 def _identity(selection: Selection) -> tuple[str, ...]:
@@ -397,9 +415,29 @@ def _not_dominated(rows: Array) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _fastest(boxes: Sequence[_Box]) -> list[_Box]:
+def _stock_ns(problems: Sequence[Problem], limits: Limits) -> float:
+    """Return the least time of a stock selection within *limits*; infinite if there is none."""
+    least_ns, _ = _least(_boxes(list(_stock(problems)), limits), _Columns.time)
+    return least_ns
+
+
+def _stock(problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield *problems* with only what diffusers offers on its own, once for each of its ways."""
+    for problem in problems:
+        groups = problem.components
+        for way in sorted({c.stock for group in groups.values() for c in group if c.stock}):
+            yield replace(problem, components={n: _in_way(c, way) for n, c in groups.items()})
+
+
+def _in_way(candidates: Sequence[Candidate], way: str) -> Sequence[Candidate]:
+    """Return the *candidates* of that stock way; those of others, or all, where it has none."""
+    stock = [c for c in candidates if c.stock]
+    return [c for c in stock if c.stock == way] or stock or candidates
+
+
+def _fastest(boxes: Sequence[_Box], stock_ns: float) -> list[_Box]:
     """Return the boxes capped to what counts as the best time, without those that are slower."""
-    within_ns = math.inf
+    within_ns = stock_ns
     found: list[tuple[float, _Box]] = []
     for box in boxes:
         best_ns, box = _minimise(box.capped(_Columns.time, within_ns), _Columns.time)
