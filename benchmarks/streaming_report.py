@@ -12,9 +12,10 @@ from typing import Any
 
 from benchmarks.gpu_memory.report import heading, table, write_json
 from pipefit.cost_models.blocks import Blocks
+from pipefit.cost_models.clock import steps_of
 from pipefit.cost_models.latency import DESKTOP_LAUNCH_S
 from pipefit.cost_models.placement import Streaming
-from pipefit.cost_models.streaming import Window, call_times
+from pipefit.cost_models.streaming import CallTimes, Window
 from pipefit.cost_models.units import GIB
 
 SCHEMA = "pipefit.streaming_gpu/1"
@@ -77,7 +78,7 @@ def from_measured(
     windows = [
         Window(
             None if path is None else numbers[path],
-            ((max(1, round(host_s / DESKTOP_LAUNCH_S)), gpu_s),),
+            steps_of([(max(1, round(host_s / DESKTOP_LAUNCH_S)), gpu_s)], DESKTOP_LAUNCH_S),
         )
         for path, gpu_s, host_s in resident["windows"]
     ]
@@ -87,7 +88,7 @@ def from_measured(
         num_slots=num_slots,
         look_ahead=num_slots,
     )
-    return call_times(windows, cut, placement, rate_of(link), DESKTOP_LAUNCH_S).later_s
+    return CallTimes(windows, cut, placement, rate_of(link)).later_s
 
 
 def beside(measured: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

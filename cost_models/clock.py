@@ -14,7 +14,7 @@ memory depends on how far ahead the host is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 LAUNCH_QUEUE = 1024
@@ -203,18 +203,53 @@ Run = tuple[int, float] | None
 """Launches in a row that are alike, and the seconds that they take together; None: the host waits
 until the GPU has done all it was given."""
 
+Step = tuple[int, float, float, float] | None
+"""Launches in a row; the seconds that the host takes for them, and the GPU; and when the GPU has
+done them at the earliest, counted from where the host was before. None as for runs."""
+
+MAX_STEP_LAUNCHES = 64
+"""Launches up to which runs become one step, and a call is not looked into: far below the queue of
+launches, so that the host cannot be held up within it."""
+
+
+def steps_of(runs: Iterable[Run], launch_s: float, *, gpu_factor: float = 1.0) -> tuple[Step, ...]:
+    """Return *runs* as steps: for a host that takes *launch_s*, on a GPU slower by *gpu_factor*.
+
+    Short runs one after the other are one step: whatever host and GPU have done before, it ends
+    when they would.
+    """
+    found: list[Step] = []
+    for run in runs:
+        if run is None:
+            found.append(None)
+            continue
+        num_launches, run_s = run
+        if not num_launches:
+            continue
+        host_s, gpu_s = num_launches * launch_s, run_s * gpu_factor
+        reach_s = max(launch_s + gpu_s, host_s + gpu_s / num_launches)
+        last = found[-1] if found else None
+        if last is not None and last[0] + num_launches <= MAX_STEP_LAUNCHES:
+            before, before_host_s, before_gpu_s, before_reach_s = last
+            num_launches += before
+            reach_s = max(before_reach_s + gpu_s, before_host_s + reach_s)
+            host_s += before_host_s
+            gpu_s += before_gpu_s
+            found.pop()
+        found.append((num_launches, host_s, gpu_s, reach_s))
+    return tuple(found)
+
 
 class Issue:
-    """Host and GPU on the way through a call, one run of like launches after the other.
+    """Host and GPU on the way through a call, one step after the other.
 
     A coarse :class:`Clock`, for whole decoders in milliseconds.
     """
 
-    def __init__(self, launch_s: float) -> None:
-        self._launch_s = launch_s
+    def __init__(self) -> None:
         self.host_s = self.gpu_s = 0.0
         self._queued: deque[tuple[int, float]] = deque()
-        """Launches of a run, and when the GPU will have done it."""
+        """Launches of a step, and when the GPU will have done it."""
         self._num_queued = 0
 
     @property
@@ -222,23 +257,28 @@ class Issue:
         """When both have done all."""
         return max(self.host_s, self.gpu_s)
 
-    def go(self, run: Run) -> None:
-        """Issue a run of launches, or let the host wait for the GPU."""
-        if run is None:
-            self.host_s = max(self.host_s, self.gpu_s)
-            self._queued.clear()
-            self._num_queued = 0
-            return
-        num_launches, gpu_s = run
-        if not num_launches:
-            return
-        while self._num_queued > LAUNCH_QUEUE:
-            count, done_s = self._queued.popleft()
-            self._num_queued -= count
-            self.host_s = max(self.host_s, done_s)
-        issued_s = self.host_s + num_launches * self._launch_s
-        begin_s = max(self.gpu_s, self.host_s + self._launch_s)
-        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / num_launches)
-        self.host_s = issued_s
-        self._queued.append((num_launches, self.gpu_s))
-        self._num_queued += num_launches
+    def go(self, steps: Iterable[Step]) -> None:
+        """Issue the launches of *steps*, and let the host wait for the GPU where they say so."""
+        # A search comes here millions of times: no attributes and no calls in the loop.
+        host_s, gpu_s = self.host_s, self.gpu_s
+        queued, num_queued = self._queued, self._num_queued
+        for step in steps:
+            if step is None:
+                if gpu_s > host_s:
+                    host_s = gpu_s
+                queued.clear()
+                num_queued = 0
+                continue
+            num_launches, step_host_s, step_gpu_s, reach_s = step
+            while num_queued > LAUNCH_QUEUE:
+                count, done_s = queued.popleft()
+                num_queued -= count
+                if done_s > host_s:
+                    host_s = done_s
+            gpu_s += step_gpu_s
+            if host_s + reach_s > gpu_s:
+                gpu_s = host_s + reach_s
+            host_s += step_host_s
+            queued.append((num_launches, gpu_s))
+            num_queued += num_launches
+        self.host_s, self.gpu_s, self._num_queued = host_s, gpu_s, num_queued

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from pipefit.cost_models.blocks import aligned
-from pipefit.cost_models.clock import Issue, Run
+from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, Step, steps_of
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -34,7 +34,7 @@ from pipefit.cost_models.placement import (
     Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
-from pipefit.cost_models.streaming import CallTimes, Window, call_times, cut_of, windows_of
+from pipefit.cost_models.streaming import CallTimes, Window, cut_of, windows_of
 from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
@@ -120,10 +120,6 @@ CPU_BYTES_PER_S = 10e9
 NINETIETH_PERCENTILE_ERROR = 0.30
 """|predicted / real - 1| of nine in ten predictions for a GPU and a pipeline that were not fitted
 (one source left out: median 0.14, ninetieth percentile 0.30). A prediction's range is this wide."""
-
-SMALL_RUN = 64
-"""Launches up to which a call is not looked into: far below the queue of launches, so that the host
-cannot be held up within it."""
 
 _HALF = ("float16", "bfloat16")
 
@@ -432,9 +428,8 @@ class LatencyModel:
         """
         key = (routine, attention)
         if key not in self._call_s:
-            issue = Issue(self._launch_s)
-            for run in self._runs(("c", routine), attention):
-                issue.go(run)
+            issue = Issue()
+            issue.go(steps_of(self._runs(("c", routine), attention), self._launch_s))
             self._call_s[key] = issue.done_s
         return self._call_s[key]
 
@@ -456,7 +451,7 @@ class LatencyModel:
             # A run is taken to be the same all through, so it must not hold all of a decoder and
             # all that follows.
             run.append(cost)
-            if sum(one.num_launches for one in run) > SMALL_RUN:
+            if sum(one.num_launches for one in run) > MAX_STEP_LAUNCHES:
                 end_run()
 
         for event in self.workload.routines[routine].events:
@@ -468,7 +463,7 @@ class LatencyModel:
                     add(self._kernel_cost(event[1], attention))
             elif event[0] == "c":
                 cost = self.routine_cost(event[1], attention)
-                if cost.num_launches <= SMALL_RUN and not self._waits(event[1]):
+                if cost.num_launches <= MAX_STEP_LAUNCHES and not self._waits(event[1]):
                     add(cost)
                 else:
                     end_run()
@@ -686,24 +681,26 @@ class LatencyModel:
         if found is None:
             cut = cut_of(self.workload.component(name), placement)
             about = (placement.max_block_bytes, placement.uncalled_modules, placement.call_order)
-            place = routine, attention, about
+            place = routine, attention, compute_factor, about
             windows = self._windows.get(place)
             if windows is None:
-                windows = self._windows[place] = windows_of(
-                    self.workload, routine, cut, lambda event: self._runs(event, attention)
-                )
+
+                def steps(events: Iterable[Event]) -> tuple[Step, ...]:
+                    runs = (run for event in events for run in self._runs(event, attention))
+                    return steps_of(runs, self._launch_s, gpu_factor=compute_factor)
+
+                windows = self._windows[place] = windows_of(self.workload, routine, cut, steps)
             link = link_rates(self.gpu)
             rate = {
                 "pinned": link.h2d_pinned_bytes_per_s,
                 "pageable": link.h2d_pageable_bytes_per_s,
                 "disk": link.h2d_pageable_bytes_per_s,
             }[placement.host_memory]
-            found = self._call_times[key] = call_times(
-                [window.slower(compute_factor) for window in windows],
+            found = self._call_times[key] = CallTimes(
+                windows,
                 cut,
                 placement,
                 rate / transfer_factor,
-                self._launch_s,
                 ahead_s=ahead_s,
             )
         return found

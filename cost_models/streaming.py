@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import allocated_bytes
 from pipefit.cost_models.blocks import Blocks, aligned, blocks_of, modules_above
-from pipefit.cost_models.clock import Issue, Run
+from pipefit.cost_models.clock import Issue, Step
 from pipefit.cost_models.placement import Streaming
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.workload import Component, Event, Workload
@@ -32,19 +32,7 @@ class Window(NamedTuple):
 
     block: int | None
     """Which of the component's blocks, by its number in :class:`Blocks`."""
-    runs: tuple[Run, ...]
-
-    def slower(self, factor: float) -> Window:
-        """Return the same on a GPU that takes *factor* times as long."""
-        runs = tuple(None if run is None else (run[0], run[1] * factor) for run in self.runs)
-        return Window(self.block, runs)
-
-
-class CallTimes(NamedTuple):
-    """A call that follows one of the same component, and one that finds nothing on the GPU."""
-
-    later_s: float
-    cold_s: float
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,36 +109,36 @@ def windows_of(
     workload: Workload,
     routine: int,
     cut: Blocks,
-    runs_of: Callable[[Event], Iterable[Run]],
+    steps_of: Callable[[Sequence[Event]], tuple[Step, ...]],
 ) -> tuple[Window, ...]:
     """Cut one call of *routine* at the blocks of its component.
 
-    *runs_of* says what a kernel or a whole call consists of, given its event.
+    *steps_of* says what kernels and whole calls in a row consist of, given their events.
     """
     number = {block.path: i for i, block in enumerate(cut.blocks)}
     above = {prefix for path in number for prefix in modules_above(path)}
     found: list[Window] = []
-    between: list[Run] = []
+    between: list[Event] = []
 
     def end_gap() -> None:
         if between:
-            found.append(Window(None, tuple(between)))
+            found.append(Window(None, steps_of(between)))
             between.clear()
 
     def walk(index: int, path: str) -> None:
         for event in workload.routines[index].events:
             if event[0] == "k":
-                between.extend(runs_of(event))
+                between.append(event)
             elif event[0] == "c":
                 relative = event[2]
                 below = "/" if relative[:1] == "/" else ".".join(filter(None, (path, relative)))
                 if below in number and relative:
                     end_gap()
-                    found.append(Window(number[below], tuple(runs_of(event))))
+                    found.append(Window(number[below], steps_of([event])))
                 elif below in above:
                     walk(event[1], below)
                 else:
-                    between.extend(runs_of(event))
+                    between.append(event)
 
     walk(routine, "")
     end_gap()
@@ -165,7 +153,6 @@ class Course:
         cut: Blocks,
         placement: Streaming,
         bytes_per_s: float,
-        launch_s: float,
         *,
         holds_host: bool,
     ) -> None:
@@ -175,7 +162,7 @@ class Course:
         self._rest_s = sum(aligned(t.num_bytes) for t in cut.rest) / bytes_per_s
         self._holds_host = holds_host
         self._order: list[int] = list(cut.called)
-        self.issue = Issue(launch_s)
+        self.issue = Issue()
         self._link_s = 0.0
         self._resting_s: float | None = None
         self._ready_s: dict[int, float] = {}
@@ -206,8 +193,7 @@ class Course:
             if block is not None:
                 issue.host_s += BLOCK_HOOK_S * (block in self._streamed)
                 issue.gpu_s = max(issue.gpu_s, self._arrival(block))
-            for run in window.runs:
-                issue.go(run)
+            issue.go(window.steps)
             if block is not None:
                 place += 1
                 if block in self._streamed:
@@ -272,26 +258,37 @@ class Course:
         return self._link_s
 
 
-def call_times(
-    windows: Sequence[Window],
-    cut: Blocks,
-    placement: Streaming,
-    bytes_per_s: float,
-    launch_s: float,
-    *,
-    ahead_s: float = 0.0,
-) -> CallTimes:
-    """Return the time of a later and of a cold call; the latter's copies begin *ahead_s* before.
+class CallTimes:
+    """A call that finds nothing on the GPU, and one that follows others of the same component.
 
-    *launch_s* is the host's for a launch.
+    The former's copies begin *ahead_s* before it.
     """
-    order = [w.block for w in windows if w.block is not None]
-    holds_host = placement.host_memory != "pinned"
-    course = Course(cut, placement, bytes_per_s, launch_s, holds_host=holds_host)
-    if placement.when_idle == "leave":
-        course.load(ahead_s, order)
-    ends = [0.0]
-    for _ in range(NUM_PASSES):
-        course.call(windows, order)
-        ends.append(course.issue.done_s)
-    return CallTimes(later_s=ends[-1] - ends[-2], cold_s=ends[1])
+
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        cut: Blocks,
+        placement: Streaming,
+        bytes_per_s: float,
+        *,
+        ahead_s: float = 0.0,
+    ) -> None:
+        self._windows = windows
+        self._order = [w.block for w in windows if w.block is not None]
+        holds_host = placement.host_memory != "pinned"
+        self._course = Course(cut, placement, bytes_per_s, holds_host=holds_host)
+        if placement.when_idle == "leave":
+            self._course.load(ahead_s, self._order)
+        self._end_s = 0.0
+        self.cold_s = self._goes_on()
+
+    @functools.cached_property
+    def later_s(self) -> float:
+        """The time of a later call; components that are called once a turn are not asked it."""
+        return [self._goes_on() for _ in range(NUM_PASSES - 1)][-1]
+
+    def _goes_on(self) -> float:
+        """Return the time of one more call."""
+        self._course.call(self._windows, self._order)
+        before_s, self._end_s = self._end_s, self._course.issue.done_s
+        return self._end_s - before_s

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.cost_models.workloads import linear_stack, tensor
 
 from pipefit.cost_models.blocks import Block, Blocks, aligned
+from pipefit.cost_models.clock import steps_of
 from pipefit.cost_models.placement import Streaming
 from pipefit.cost_models.streaming import CallTimes, Window, cut_of, streamed_bytes, turns
-from pipefit.cost_models.streaming import call_times as times_of_windows
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.units import MIB
 
@@ -31,15 +31,13 @@ def equal_blocks(count: int, num_bytes: int) -> Blocks:
     return Blocks(blocks=blocks, rest=(), buffers=())
 
 
-def windows(count: int, gpu_s: float) -> list[Window]:
-    return [Window(i, ((1, gpu_s),)) for i in range(count)]
+def windows(count: int, gpu_s: float, host_s: float = 0.0) -> list[Window]:
+    """Return a window a block, for which the host takes *host_s*."""
+    return [Window(i, steps_of([(1, gpu_s)], host_s)) for i in range(count)]
 
 
-def call_times(
-    parts: list[Window], cut: Blocks, placement: Streaming, *, host_s: float = 0.0, **ahead: float
-) -> CallTimes:
-    """Return the times where the host takes *host_s* for each block."""
-    return times_of_windows(parts, cut, placement, RATE, host_s, **ahead)
+def call_times(parts: list[Window], cut: Blocks, placement: Streaming, **ahead: float) -> CallTimes:
+    return CallTimes(parts, cut, placement, RATE, **ahead)
 
 
 counts = st.integers(1, 24)
@@ -152,7 +150,7 @@ def test_a_cold_call_is_never_faster_than_a_later_one(
     host_memory: Any,
 ) -> None:
     placement = placed(min(resident, count), slots, when_idle=when_idle, host_memory=host_memory)
-    times = call_times(windows(count, gpu_s), equal_blocks(count, size), placement, host_s=host_s)
+    times = call_times(windows(count, gpu_s, host_s), equal_blocks(count, size), placement)
     assert times.cold_s >= times.later_s * (1 - 1e-9) - count * HOST_S
 
 
@@ -172,7 +170,7 @@ def test_what_is_loaded_ahead_is_waited_for_less(
 def test_ordinary_memory_holds_the_host_up_and_page_locked_memory_does_not() -> None:
     cut, gpu_s = equal_blocks(8, 100 * MIB), 100 * MIB / RATE
     pinned, pageable = (
-        call_times(windows(8, gpu_s), cut, placed(0, 2, host_memory=one), host_s=gpu_s / 2).later_s
+        call_times(windows(8, gpu_s, gpu_s / 2), cut, placed(0, 2, host_memory=one)).later_s
         for one in ("pinned", "pageable")
     )
     assert pinned == pytest.approx(8 * gpu_s, rel=0.01)
