@@ -52,13 +52,21 @@ class Pick:
 
 
 def compute_variants(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
-    """Return, for every component that is called, the compute strategies worth tracing together.
+    """Return, for every component that is called, the compute strategies worth tracing together."""
+    return {
+        name: [parts for parts in combinations if parts]
+        for name, combinations in compute_parts(workload, gpu, policy).items()
+    }
+
+
+def compute_parts(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
+    """Return, for every component that is called, how it may compute; ``{}`` is as it is.
 
     Every combination of the strategies' options; what the policy requires is in all of them.
     """
     called = {phase.component for phase in workload.phases}
     return {
-        component.name: [p for p in _combinations(component, workload, gpu, policy) if p]
+        component.name: _combinations(component, workload, gpu, policy)
         for component in workload.components
         if component.name in called
     }
@@ -77,7 +85,11 @@ def _combinations(
         if offered:
             must = bool(component.traits.get("must_tile")) and one.name == "vae_tiling"
             axes.append([*([] if must else [None]), *((one.name, p) for p in offered)])
-    return [dict(p for p in combination if p) for combination in itertools.product(*axes)]
+    return [
+        dict(combination)
+        for combination in (tuple(p for p in one if p) for one in itertools.product(*axes))
+        if not conflict_of([Option(strategy=n, parameters=p) for n, p in combination])
+    ]
 
 
 def _allowed(kind: str, policy: Policy) -> list[Strategy]:
@@ -189,10 +201,11 @@ class Pricing:
         found = []
         pipeline_wide = _allowed("pipeline_placement", policy)
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
+        parts = compute_parts(self.workload, self.gpu, policy)
         per_component = _allowed("placement", policy)
         if not required_wide:
             groups = {
-                c.name: self._candidates(c, self._placements(c, per_component, policy), policy)
+                c.name: self._candidates(c, self._placements(c, per_component, policy), parts)
                 for c in self.workload.components
             }
             if all(groups.values()):
@@ -210,7 +223,7 @@ class Pricing:
                     self._problem(
                         one.name,
                         {
-                            c.name: self._candidates(c, [(option, placement)], policy)
+                            c.name: self._candidates(c, [(option, placement)], parts)
                             for c in self.workload.components
                         },
                     )
@@ -250,16 +263,18 @@ class Pricing:
         return found
 
     def _candidates(
-        self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
+        self,
+        component: Component,
+        placements: Sequence[tuple[Option, Placement]],
+        combinations: Mapping[str, Sequence[Parts]],
     ) -> list[Candidate]:
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
-        combinations = _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
         return [
             self._candidate(component, option, placement, parts)
             for option, placement in placements
-            for parts in combinations
+            for parts in combinations.get(component.name, [{}])
             if not parts or variant_key(component.name, parts) in self.workload.variants
             if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
         ]

@@ -300,6 +300,7 @@ def _execute(
                 replace(traced, call={**traced.call, **shown}), gpu, policy
             ),
             apply_variant=_apply_parts,
+            is_required=lambda parts: {option.strategy for option in policy.required} >= set(parts),
             prepare=load,
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,
