@@ -17,7 +17,7 @@ from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import Attention, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Streaming
+from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Resident, Streaming
 from pipefit.cost_models.prediction import (
     Choice,
     DevicePeak,
@@ -40,6 +40,15 @@ Parts = Mapping[str, Mapping[str, Any]]
 
 MIXED = "mixed"
 """The problem in which every component chooses its own placement."""
+
+
+FRUGAL = {"feed_forward_chunking", "guidance_split", "decode_chunks"}
+"""Compute strategies that take time and give memory, as streaming does at every level."""
+
+LEVELS_APART = 4
+"""Of so many levels of streaming one is priced together with a frugal strategy, and no group
+offload beside streaming: pricing all would take as long again for each such strategy. Our choice.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +188,20 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
         raise InvalidRequest(f"On {component.name}, {reason}")
 
 
+def _fewer(placements: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, Placement]]:
+    """Leave most levels of streaming out, the least and the most excepted, and what it replaces."""
+    levels = sorted({p.resident_blocks for _, p in placements if isinstance(p, Streaming)})
+    if not levels:
+        return list(placements)
+    kept = {*levels[::LEVELS_APART], levels[-1]}
+    return [
+        (option, placement)
+        for option, placement in placements
+        if not isinstance(placement, GroupOffload)
+        and (not isinstance(placement, Streaming) or placement.resident_blocks in kept)
+    ]
+
+
 class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
@@ -273,8 +296,8 @@ class Pricing:
             return [self._unused(component)]
         return [
             self._candidate(component, option, placement, parts)
-            for option, placement in placements
             for parts in combinations.get(component.name, [{}])
+            for option, placement in (_fewer(placements) if FRUGAL & set(parts) else placements)
             if not parts or variant_key(component.name, parts) in self.workload.variants
             if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
         ]
