@@ -433,8 +433,11 @@ class Recorder(Observer):
                     parts.append(tuple(children))
                     if any(self._has_hooks(m) for m in value.values()):
                         self._with_hooks_below.add(id(module))
-                elif name in _HOOKS or isinstance(value, _Method):
+                elif name in _HOOKS:
                     pass  # hooks run around every call, remembered or not
+                elif isinstance(value, _Method):
+                    if getattr(value.method, "__self__", None) is not module:  # wrapped
+                        parts.append((name, attribute_key(value.method)))
                 elif name not in _EVERY_MODULE or value:
                     parts.append((name, attribute_key(value)))
             number = self._structure_numbers.setdefault(tuple(parts), len(self._structure_numbers))
