@@ -46,9 +46,8 @@ FRUGAL = {"feed_forward_chunking", "guidance_split", "decode_chunks"}
 """Compute strategies that take time and give memory, as streaming does at every level."""
 
 LEVELS_APART = 4
-"""Of so many levels of streaming one is priced together with a frugal strategy, and no group
-offload beside streaming: pricing all would take as long again for each such strategy. Our choice.
-"""
+"""Of so many levels of streaming one is priced together with a frugal strategy. Our choice: all
+would take as long again for each such strategy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,17 +187,25 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
         raise InvalidRequest(f"On {component.name}, {reason}")
 
 
-def _fewer(placements: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, Placement]]:
-    """Leave most levels of streaming out, the least and the most excepted, and what it replaces."""
+def _sensible(
+    placements: Sequence[tuple[Option, Placement]], parts: Parts
+) -> list[tuple[Option, Placement]]:
+    """Return those of *placements* that are priced together with *parts*.
+
+    Beside frugal strategies most levels of streaming are left out, and the group offload that it
+    replaces. An autoencoder that decodes in parts would be copied again for each of them: it is
+    there as a whole, or goes leaf by leaf.
+    """
     levels = sorted({p.resident_blocks for _, p in placements if isinstance(p, Streaming)})
-    if not levels:
+    if not levels or not FRUGAL & set(parts):
         return list(placements)
-    kept = {*levels[::LEVELS_APART], levels[-1]}
+    in_parts = "decode_chunks" in parts
+    kept = {levels[-1]} if in_parts else {*levels[::LEVELS_APART], levels[-1]}
     return [
         (option, placement)
         for option, placement in placements
-        if not isinstance(placement, GroupOffload)
-        and (not isinstance(placement, Streaming) or placement.resident_blocks in kept)
+        if (placement.resident_blocks in kept if isinstance(placement, Streaming) else True)
+        and (in_parts or not isinstance(placement, GroupOffload))
     ]
 
 
@@ -297,7 +304,7 @@ class Pricing:
         return [
             self._candidate(component, option, placement, parts)
             for parts in combinations.get(component.name, [{}])
-            for option, placement in (_fewer(placements) if FRUGAL & set(parts) else placements)
+            for option, placement in _sensible(placements, parts)
             if not parts or variant_key(component.name, parts) in self.workload.variants
             if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
         ]

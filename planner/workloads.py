@@ -6,6 +6,7 @@ trace is in the cache is made without it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,10 @@ Progress = Callable[[str], None]
 
 MAX_ATTRIBUTE_DEPTH = 3
 """How deep attributes of a live module are followed when it is recognised again."""
+
+CHUNKING = ("_chunk_size", "_chunk_dim")
+"""Attributes of blocks by which feed-forward layers work in parts; others that begin with _ change
+with every call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +222,8 @@ def state_digest(pipe: Any) -> str:
                 return [plain(v, depth + 1) for v in value]
             if isinstance(value, Mapping):
                 return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+            if isinstance(value, functools.partial):
+                return [plain(v, depth + 1) for v in (value.func, value.args)]
             if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
                 # Attention processors, configurations: small objects that decide what is computed.
                 return [type(value).__qualname__, plain(vars(value), depth + 1)]
@@ -230,7 +237,11 @@ def state_digest(pipe: Any) -> str:
         add(name, type(part).__name__, plain(dict(config)) if isinstance(config, Mapping) else None)
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
-                own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+                own = {
+                    key: value
+                    for key, value in vars(module).items()
+                    if not key.startswith("_") or key in CHUNKING
+                }
                 add(path, type(module).__name__, plain(own))
             for path, tensor in (*part.named_parameters(), *part.named_buffers()):
                 add(path, tuple(tensor.shape), tensor.stride(), tensor.dtype)
