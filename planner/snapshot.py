@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipefit.strategies.live import (
+    CHUNKING_ATTRIBUTES,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     hooks_of,
@@ -25,7 +26,7 @@ Snapshot = dict[str, Any]
 SWITCH_PREFIXES = ("use_", "tile_")
 """How autoencoders call the attributes that slicing and tiling set."""
 
-OWN = ("decode", "_chunk_size", "_chunk_dim")
+OWN = ("decode", *CHUNKING_ATTRIBUTES)
 """What chunking sets: an autoencoder's wrapped entry, a block's part of the feed-forward."""
 
 

@@ -24,16 +24,13 @@ from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
 from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
+from pipefit.strategies.live import CHUNKING_ATTRIBUTES
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
 
 MAX_ATTRIBUTE_DEPTH = 3
 """How deep attributes of a live module are followed when it is recognised again."""
-
-CHUNKING = ("_chunk_size", "_chunk_dim")
-"""Attributes of blocks by which feed-forward layers work in parts; others that begin with _ change
-with every call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,10 +234,11 @@ def state_digest(pipe: Any) -> str:
         add(name, type(part).__name__, plain(dict(config)) if isinstance(config, Mapping) else None)
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
+                # What starts with _ changes with every call, these excepted.
                 own = {
                     key: value
                     for key, value in vars(module).items()
-                    if not key.startswith("_") or key in CHUNKING
+                    if not key.startswith("_") or key in CHUNKING_ATTRIBUTES
                 }
                 add(path, type(module).__name__, plain(own))
             for path, tensor in (*part.named_parameters(), *part.named_buffers()):

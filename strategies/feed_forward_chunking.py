@@ -22,7 +22,7 @@ from typing import Any
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.timeline import Timeline
 from pipefit.cost_models.workload import Component, Routine, Workload
-from pipefit.strategies.live import attribute_restorer, reads_flag
+from pipefit.strategies.live import CHUNKING_ATTRIBUTES, attribute_restorer, reads_flag
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
 from pipefit.strategies.traced import entered_routines, kernels_below, routines_of
@@ -98,7 +98,7 @@ class FeedForwardChunking:
         """Set every block; undo gives each the size and dimension that it had."""
         with ExitStack() as undo:
             for block in _blocks(getattr(pipe, str(component))):
-                undo.callback(attribute_restorer(block, ("_chunk_size", "_chunk_dim")))
+                undo.callback(attribute_restorer(block, CHUNKING_ATTRIBUTES))
                 block.set_chunk_feed_forward(parameters["chunk_size"], dim=parameters.get("dim", 0))
             return undo.pop_all().close
 
@@ -107,7 +107,8 @@ def _blocks(module: Any) -> list[Any]:
     return [
         part
         for part in module.modules()
-        if hasattr(part, "set_chunk_feed_forward") and reads_flag(type(part), "_chunk_size")
+        if hasattr(part, "set_chunk_feed_forward")
+        and reads_flag(type(part), CHUNKING_ATTRIBUTES[0])
     ]
 
 

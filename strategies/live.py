@@ -45,6 +45,10 @@ GROUP_OFFLOADING_HOOKS = (
 LAYERWISE_CASTING_HOOK = "layerwise_casting"
 """The same for layerwise casting (hooks/layerwise_casting.py)."""
 
+CHUNKING_ATTRIBUTES = ("_chunk_size", "_chunk_dim")
+"""Where a block of diffusers 0.42 keeps in what parts, and by which dimension, its feed-forward
+layers work (``set_chunk_feed_forward`` in models/attention.py)."""
+
 
 def module_components(pipe: Any) -> dict[str, Any]:
     """Return the pipeline's components that are modules, by attribute name."""
@@ -219,6 +223,7 @@ def attention_registry() -> Any:
     return Registry
 
 
+@functools.cache
 def reads_flag(cls: type, flag: str) -> bool:
     """Return whether a method of *cls* looks at ``self.<flag>``; some have a flag and never do."""
     return any(
