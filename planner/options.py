@@ -48,6 +48,14 @@ MIXED = "mixed"
 """The problem in which every component chooses its own placement."""
 
 
+FRUGAL = {"feed_forward_chunking", "guidance_split", "decode_chunks"}
+"""Compute strategies that take time and give memory, as streaming does at every level."""
+
+LEVELS_APART = 4
+"""Of so many levels of streaming one is priced together with a frugal strategy. Our choice: all
+would take as long again for each such strategy."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pick:
     """What one candidate stands for: the payload of a :class:`Candidate`."""
@@ -58,13 +66,21 @@ class Pick:
 
 
 def compute_variants(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
-    """Return, for every component that is called, the compute strategies worth tracing together.
+    """Return, for every component that is called, the compute strategies worth tracing together."""
+    return {
+        name: [parts for parts in combinations if parts]
+        for name, combinations in compute_parts(workload, gpu, policy).items()
+    }
+
+
+def compute_parts(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
+    """Return, for every component that is called, how it may compute; ``{}`` is as it is.
 
     Every combination of the strategies' options; what the policy requires is in all of them.
     """
     called = {phase.component for phase in workload.phases}
     return {
-        component.name: [p for p in _combinations(component, workload, gpu, policy) if p]
+        component.name: _combinations(component, workload, gpu, policy)
         for component in workload.components
         if component.name in called
     }
@@ -83,7 +99,11 @@ def _combinations(
         if offered:
             must = bool(component.traits.get("must_tile")) and one.name == "vae_tiling"
             axes.append([*([] if must else [None]), *((one.name, p) for p in offered)])
-    return [dict(p for p in combination if p) for combination in itertools.product(*axes)]
+    return [
+        dict(combination)
+        for combination in (tuple(p for p in one if p) for one in itertools.product(*axes))
+        if not conflict_of([Option(strategy=n, parameters=p) for n, p in combination])
+    ]
 
 
 def _allowed(kind: str, policy: Policy) -> list[Strategy]:
@@ -173,6 +193,28 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
         raise InvalidRequest(f"On {component.name}, {reason}")
 
 
+def _sensible(
+    placements: Sequence[tuple[Option, Placement]], parts: Parts
+) -> list[tuple[Option, Placement]]:
+    """Return those of *placements* that are priced together with *parts*.
+
+    Beside frugal strategies most levels of streaming are left out, and the group offload that it
+    replaces. An autoencoder that decodes in parts would be copied again for each of them: it is
+    there as a whole, or goes leaf by leaf.
+    """
+    levels = sorted({p.resident_blocks for _, p in placements if isinstance(p, Streaming)})
+    if not levels or not FRUGAL & set(parts):
+        return list(placements)
+    in_parts = "decode_chunks" in parts
+    kept = {levels[-1]} if in_parts else {*levels[::LEVELS_APART], levels[-1]}
+    return [
+        (option, placement)
+        for option, placement in placements
+        if (placement.resident_blocks in kept if isinstance(placement, Streaming) else True)
+        and (in_parts or not isinstance(placement, GroupOffload))
+    ]
+
+
 class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
@@ -195,10 +237,11 @@ class Pricing:
         found = []
         pipeline_wide = _allowed("pipeline_placement", policy)
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
+        parts = compute_parts(self.workload, self.gpu, policy)
         per_component = _allowed("placement", policy)
         if not required_wide:
             groups = {
-                c.name: self._candidates(c, self._placements(c, per_component, policy), policy)
+                c.name: self._candidates(c, self._placements(c, per_component, policy), parts)
                 for c in self.workload.components
             }
             if all(groups.values()):
@@ -216,7 +259,7 @@ class Pricing:
                     self._problem(
                         one.name,
                         {
-                            c.name: self._candidates(c, [(option, placement)], policy)
+                            c.name: self._candidates(c, [(option, placement)], parts)
                             for c in self.workload.components
                         },
                     )
@@ -256,16 +299,18 @@ class Pricing:
         return found
 
     def _candidates(
-        self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
+        self,
+        component: Component,
+        placements: Sequence[tuple[Option, Placement]],
+        combinations: Mapping[str, Sequence[Parts]],
     ) -> list[Candidate]:
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
-        combinations = _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
         return [
             self._candidate(component, option, placement, parts)
-            for option, placement in placements
-            for parts in combinations
+            for parts in combinations.get(component.name, [{}])
+            for option, placement in _sensible(placements, parts)
             if not parts or variant_key(component.name, parts) in self.workload.variants
             if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
         ]

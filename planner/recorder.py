@@ -433,8 +433,11 @@ class Recorder(Observer):
                     parts.append(tuple(children))
                     if any(self._has_hooks(m) for m in value.values()):
                         self._with_hooks_below.add(id(module))
-                elif name in _HOOKS or isinstance(value, _Method):
+                elif name in _HOOKS:
                     pass  # hooks run around every call, remembered or not
+                elif isinstance(value, _Method):
+                    if getattr(value.method, "__self__", None) is not module:  # wrapped
+                        parts.append((name, attribute_key(value.method)))
                 elif name not in _EVERY_MODULE or value:
                     parts.append((name, attribute_key(value)))
             number = self._structure_numbers.setdefault(tuple(parts), len(self._structure_numbers))
@@ -529,20 +532,24 @@ def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[
                 attributes["forward"] = own
 
     torch.nn.Module.__call__ = call_module  # type: ignore[method-assign]
-    wrapped: list[tuple[Any, str]] = []
+    wrapped: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for component in components:
+            attributes = component.__dict__
             for name in (*ENTRY_METHODS, *TILE_METHODS):
-                method = getattr(component, name, None)
-                if callable(method) and name not in component.__dict__:
+                method, own = getattr(component, name, None), attributes.get(name)
+                if callable(method) and not isinstance(own, _Method):
                     # Not setattr: a module's setattr looks for parameters first.
-                    component.__dict__[name] = _Method(call, component, name, method)
-                    wrapped.append((component, name))
+                    attributes[name] = _Method(call, component, name, method)
+                    wrapped.append((attributes, name, own))
         yield
     finally:
         torch.nn.Module.__call__ = original  # type: ignore[method-assign]
-        for component, name in wrapped:
-            component.__dict__.pop(name, None)
+        for attributes, name, own in wrapped:
+            if own is None:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = own  # a strategy's wrapper
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:

@@ -8,6 +8,7 @@ arguments of another call.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,12 @@ def attribute_key(value: Any, depth: int = 0) -> Any:
         return (kind, value)
     if isinstance(value, type) or kind.__name__ in ("function", "builtin_function_or_method"):
         return value
+    if kind.__name__ == "method":
+        return (value.__func__, id(value.__self__))
     if depth < 3:
+        if isinstance(value, functools.partial):
+            # By what it calls: its own identity may be that of one that was taken off before.
+            return (kind, *(attribute_key(v, depth + 1) for v in (value.func, *value.args)))
         if isinstance(value, (list, tuple)):
             return (kind, *(attribute_key(v, depth + 1) for v in value))
         if isinstance(value, (set, frozenset)):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipefit.strategies.live import (
+    CHUNKING_ATTRIBUTES,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     hooks_of,
@@ -24,6 +25,9 @@ Snapshot = dict[str, Any]
 
 SWITCH_PREFIXES = ("use_", "tile_")
 """How autoencoders call the attributes that slicing and tiling set."""
+
+OWN = ("decode", *CHUNKING_ATTRIBUTES)
+"""What chunking sets: an autoencoder's wrapped entry, a block's part of the feed-forward."""
 
 
 def snapshot(pipe: Any, *, with_values: bool = False) -> Snapshot:
@@ -38,6 +42,7 @@ def snapshot(pipe: Any, *, with_values: bool = False) -> Snapshot:
         }
         for path, part in module.named_modules(prefix=name):
             found[f"{path} forward"] = vars(part).get("forward")
+            found[f"{path} own"] = {key: vars(part)[key] for key in OWN if key in vars(part)}
             processor = getattr(part, "processor", None)
             found[f"{path} processor"] = (processor, getattr(processor, "_attention_backend", None))
         first_path: dict[int, str] = {}

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
-from pipefit.errors import PipefitError, TraceError, UnsupportedPipeline
+from pipefit.errors import InvalidRequest, PipefitError, TraceError, UnsupportedPipeline
 from pipefit.planner.recorder import Recorder, intercepting, new_frame
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
@@ -109,6 +109,7 @@ def trace(
     traits: Callable[[torch.nn.Module], Mapping[str, Any]] = lambda module: {},
     variants: Callable[[Workload], Variants] = lambda workload: {},
     apply_variant: Callable[[Any, str, VariantParts], Callable[[], None]] | None = None,
+    is_required: Callable[[VariantParts], bool] = lambda parts: True,
     compute_capability: tuple[int, int] = (8, 9),
     prepare: Callable[[Any], Any] = lambda twin: None,
     in_place: bool = False,
@@ -119,13 +120,14 @@ def trace(
     *pipe* may have its weights on the CPU, on a GPU or on the meta device and is left as it is
     unless *in_place*. *variants* is asked, once the plain call is traced, which components to
     trace again under which compute strategies; *apply_variant* puts those in force on the twin
-    and returns how to take them back. *prepare* may change the twin before anything is recorded
-    (a cast, as a load with another dtype would have made it). With *remember* off every call is
-    executed (slow; for tests).
+    and returns how to take them back. Those that fail are left out, which the workload's
+    assumptions tell, unless *is_required* claims them. *prepare* may change the twin before
+    anything is recorded (a cast, as a load with another dtype would have made it). With *remember*
+    off every call is executed (slow; for tests).
 
     Raises:
         TraceError: if the pipeline's own call fails. UnsupportedPipeline: if it needs a package
-        that is not installed.
+        that is not installed. InvalidRequest: if a required variant fails.
     """
     recorder = Recorder([VirtualDevice(compute_capability)], remember=remember)
     with recorder.machine, shimmed(), torch.no_grad():
@@ -135,22 +137,31 @@ def trace(
         components = tuple(describe_component(n, m, traits(m)) for n, m in modules.items())
         for component, module in modules.items():
             recorder.adopt(component, module)
-        with intercepting(recorder.components.values(), recorder.call):
-            with recorder.recording(recorder.root):
-                run_call(twin, call)
-                workload = _workload(recorder, pipe, name, call, components)
-            replaced = {
-                variant_key(component, parts): _trace_variant(
-                    recorder, twin, component, parts, apply_variant
-                )
-                for component, choices in variants(workload).items()
-                for parts in choices
-            }
+        with (
+            intercepting(recorder.components.values(), recorder.call),
+            recorder.recording(recorder.root),
+        ):
+            run_call(twin, call)
+            workload = _workload(recorder, pipe, name, call, components)
+        replaced = {}
+        left_out = []
+        for component, choices in variants(workload).items():
+            for parts in choices:
+                try:
+                    found = _trace_variant(recorder, twin, component, parts, apply_variant)
+                except Exception as error:  # whatever the component raises, in its own words
+                    how = f"{' and '.join(parts)} on {component} fails in this call ({error})"
+                    if is_required(parts):
+                        raise InvalidRequest(f"{how}: choose other parameters.") from error
+                    left_out.append(f"Not considered: {how}.")
+                else:
+                    replaced[variant_key(component, parts)] = found
     return replace(
         workload,
         kernels=tuple(recorder.kernels),
         routines=tuple(recorder.routines),
         variants=replaced,
+        assumptions=(*workload.assumptions, *left_out),
     )
 
 
@@ -211,6 +222,8 @@ def _trace_variant(
                 continue
             args, kwargs = entry.arguments(recorder.machine)
             with (
+                # After *parts*, which may have put a wrapper in the place of an entry.
+                intercepting(recorder.components.values(), recorder.call),
                 entry.weights_as_they_were(module),
                 recorder.recording(new_frame("variant")) as scratch,
             ):

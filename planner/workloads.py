@@ -6,6 +6,7 @@ trace is in the cache is made without it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
 from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
+from pipefit.strategies.live import CHUNKING_ATTRIBUTES
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
@@ -217,6 +219,8 @@ def state_digest(pipe: Any) -> str:
                 return [plain(v, depth + 1) for v in value]
             if isinstance(value, Mapping):
                 return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+            if isinstance(value, functools.partial):
+                return [plain(v, depth + 1) for v in (value.func, value.args)]
             if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
                 # Attention processors, configurations: small objects that decide what is computed.
                 return [type(value).__qualname__, plain(vars(value), depth + 1)]
@@ -230,7 +234,12 @@ def state_digest(pipe: Any) -> str:
         add(name, type(part).__name__, plain(dict(config)) if isinstance(config, Mapping) else None)
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
-                own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+                # What starts with _ changes with every call, these excepted.
+                own = {
+                    key: value
+                    for key, value in vars(module).items()
+                    if not key.startswith("_") or key in CHUNKING_ATTRIBUTES
+                }
                 add(path, type(module).__name__, plain(own))
             for path, tensor in (*part.named_parameters(), *part.named_buffers()):
                 add(path, tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -300,6 +309,7 @@ def _execute(
                 replace(traced, call={**traced.call, **shown}), gpu, policy
             ),
             apply_variant=_apply_parts,
+            is_required=lambda parts: {option.strategy for option in policy.required} >= set(parts),
             prepare=load,
             compute_capability=gpu.compute_capability or (8, 9),
             in_place=source.is_ours,

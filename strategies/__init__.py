@@ -8,7 +8,10 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.decode_chunks import DecodeChunks
+from pipefit.strategies.feed_forward_chunking import FeedForwardChunking
 from pipefit.strategies.group_offload import GroupOffload
+from pipefit.strategies.guidance_split import GuidanceSplit
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
@@ -26,8 +29,11 @@ BUILT_IN: tuple[Strategy, ...] = (
     LayerwiseCasting(),
     ChannelsLast(),
     Attention(),
+    FeedForwardChunking(),
+    GuidanceSplit(),
     VaeSlicing(),
     VaeTiling(),
+    DecodeChunks(),
     GroupOffload(),
     Resident(),
     Streaming(),

@@ -10,6 +10,7 @@ the old ``forward`` behind as an instance attribute, which then shadows the clas
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -43,6 +44,10 @@ GROUP_OFFLOADING_HOOKS = (
 
 LAYERWISE_CASTING_HOOK = "layerwise_casting"
 """The same for layerwise casting (hooks/layerwise_casting.py)."""
+
+CHUNKING_ATTRIBUTES = ("_chunk_size", "_chunk_dim")
+"""Where a block of diffusers 0.42 keeps in what parts, and by which dimension, its feed-forward
+layers work (``set_chunk_feed_forward`` in models/attention.py)."""
 
 
 def module_components(pipe: Any) -> dict[str, Any]:
@@ -95,6 +100,19 @@ def attribute_restorer(owner: Any, names: Sequence[str]) -> Restore:
         for name in absent:
             vars(owner).pop(name, None)
 
+    return restore
+
+
+def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Restore:
+    """Call ``wrapper(method, ...)`` in place of *owner*'s method *name*; the result takes it off.
+
+    Hooks that come later go around it. A copy of *owner* gets a wrapper of its own: a partial is
+    copied with the bound method in it.
+    """
+    method = getattr(owner, name)
+    wrapped = functools.update_wrapper(functools.partial(wrapper, method), method)
+    restore = attribute_restorer(owner, (name,))
+    vars(owner)[name] = wrapped  # a module's own setattr looks for parameters first
     return restore
 
 
@@ -205,6 +223,7 @@ def attention_registry() -> Any:
     return Registry
 
 
+@functools.cache
 def reads_flag(cls: type, flag: str) -> bool:
     """Return whether a method of *cls* looks at ``self.<flag>``; some have a flag and never do."""
     return any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pipefit.cost_models.workload import Component, Kernel, Workload
@@ -15,6 +16,30 @@ def kernels_of(component: Component, workload: Workload) -> Iterator[Kernel]:
         if phase.component == component.name:
             for ordinal in phase.calls:
                 yield from _kernels(workload, calls[ordinal][1], seen)
+
+
+def kernels_below(workload: Workload, routine: int) -> Iterator[Kernel]:
+    """Yield the kernels of *routine* and of what it calls, those of repeated calls once."""
+    yield from _kernels(workload, routine, set())
+
+
+def entered_routines(component: Component, workload: Workload) -> tuple[int, ...]:
+    """Return the distinct routines by which the pipeline itself calls *component*."""
+    calls = [event[1] for event in workload.root if event[0] == "c"]
+    phases = (phase for phase in workload.phases if phase.component == component.name)
+    return tuple(dict.fromkeys(calls[ordinal] for phase in phases for ordinal in phase.calls))
+
+
+def routines_of(component: Component, workload: Workload) -> tuple[int, ...]:
+    """Return the distinct routines of *component*, called by the pipeline or by each other."""
+    waiting = list(entered_routines(component, workload))
+    found = dict.fromkeys(waiting)
+    while waiting:
+        for event in workload.routines[waiting.pop()].events:
+            if event[0] == "c" and event[1] not in found:
+                found[event[1]] = None
+                waiting.append(event[1])
+    return tuple(found)
 
 
 def _kernels(workload: Workload, routine: int, seen: set[int]) -> Iterator[Kernel]:
@@ -59,3 +84,26 @@ def batch_of(component: Component, workload: Workload) -> int:
         if kernel.kind == "conv":
             return kernel.shape[0]
     return 1
+
+
+def largest_batch_of(component: Component, workload: Workload) -> int:
+    """Return the largest batch that a convolution of *component* sees, in whichever of its calls.
+
+    An autoencoder may encode one picture and decode many frames.
+    """
+    kernels = kernels_of(component, workload)
+    return max((kernel.shape[0] for kernel in kernels if kernel.kind == "conv"), default=1)
+
+
+def common_batch_of(component: Component, workload: Workload) -> int:
+    """Return a multiple of the batch that *component* is called with; 1 where nothing tells it.
+
+    The batch itself, as a rule: layers fold frames, or positions, into it, so it is what the
+    batches of all convolutions and attentions have in common.
+    """
+    batches = [
+        kernel.shape[0]
+        for kernel in kernels_of(component, workload)
+        if kernel.kind in ("conv", "attention")
+    ]
+    return math.gcd(*batches) if batches else 1

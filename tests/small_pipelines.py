@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from PIL import Image
 
 from pipefit.planner.standins import stand_in_tokenizer
 
@@ -259,6 +260,79 @@ def wan_two_experts() -> Any:
     )
 
 
+def stable_video_diffusion() -> Any:
+    """SVD: a picture's embedding in the place of a prompt, frames as a batch."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=224,
+        intermediate_size=37,
+        patch_size=32,
+    )
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=diffusers.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            latent_channels=4,
+        ).eval(),
+        image_encoder=transformers.CLIPVisionModelWithProjection(vision).eval(),
+        unet=diffusers.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            sample_size=32,
+            in_channels=8,
+            out_channels=4,
+            down_block_types=(
+                "CrossAttnDownBlockSpatioTemporal",
+                "DownBlockSpatioTemporal",
+            ),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=32,
+            num_attention_heads=(2, 4),
+            projection_class_embeddings_input_dim=96,
+            addition_time_embed_dim=32,
+        ).eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            prediction_type="v_prediction",
+            use_karras_sigmas=True,
+        ),
+        feature_extractor=transformers.CLIPImageProcessor(),
+    )
+
+
+def ltx() -> Any:
+    """LTX: T5, a video transformer, an autoencoder that decodes all frames at once."""
+    torch.manual_seed(0)
+    return diffusers.LTXPipeline(
+        tokenizer=_t5_tokenizer(),
+        text_encoder=_t5(),
+        vae=diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(64, 64, 64, 64),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            encoder_causal=True,
+            decoder_causal=False,
+        ).eval(),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=32,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 SMALL_PIPELINES: Mapping[str, Callable[[], Any]] = {
     builder.__name__: builder
     for builder in (
@@ -275,6 +349,11 @@ SMALL_PIPELINES: Mapping[str, Callable[[], Any]] = {
         wan_two_experts,
     )
 }
+
+FURTHER_PIPELINES: Mapping[str, Callable[[], Any]] = {
+    builder.__name__: builder for builder in (stable_video_diffusion, ltx)
+}
+"""Of interest to strategies that few others can have; no test goes over all of them."""
 
 _PICTURE = {"height": PICTURE_PX, "width": PICTURE_PX}
 _VIDEO = {"height": 48, "width": 64, "num_frames": 9, "max_sequence_length": 16}
@@ -303,6 +382,8 @@ _CALLS: Mapping[str, Mapping[str, Any]] = {
     "cogvideox": _VIDEO,
     "wan": _VIDEO,
     "wan_two_experts": _VIDEO,
+    "stable_video_diffusion": {**_PICTURE, "num_frames": 5},
+    "ltx": {"height": 64, "width": 64, "num_frames": 33, "max_sequence_length": 16},
 }
 
 _PICTURE_ARGUMENTS = {
@@ -326,6 +407,9 @@ def small_call(name: str) -> dict[str, Any]:
         call[_PICTURE_ARGUMENTS[name]] = torch.rand(
             1, 3, PICTURE_PX, PICTURE_PX, generator=generator
         )
+    if name == "stable_video_diffusion":  # it reads the picture with numpy
+        del call["prompt"]
+        call["image"] = Image.linear_gradient("L").convert("RGB")
     return call
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tests.small_pipelines import SMALL_PIPELINES, picture
+from tests.small_pipelines import FURTHER_PIPELINES, SMALL_PIPELINES, picture
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import PhaseMemory, simulate
@@ -27,7 +27,7 @@ from pipefit.strategies.strategy import Option
 def untouched(name: str) -> tuple[Any, torch.Tensor]:
     """Return the pipeline *name* and its picture before anything was applied."""
     torch.set_num_threads(1)  # ten times faster than several for tensors of this size
-    pipe = SMALL_PIPELINES[name]()
+    pipe = {**SMALL_PIPELINES, **FURTHER_PIPELINES}[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe, picture(pipe, name)
 

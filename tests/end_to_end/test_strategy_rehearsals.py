@@ -76,8 +76,11 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         *({"backend": one} for one in ("native", "flash", "efficient", "cudnn")),
         *({"slicing": one} for one in ("auto", "max", 1)),
     ),
+    "feed_forward_chunking": ({"chunk_size": 1},),
+    "guidance_split": ({},),
     "vae_slicing": ({},),
     "vae_tiling": ({}, {"tile_px": 32}),
+    "decode_chunks": ({"num_frames": 2},),
     "group_offload": (
         {**LEAVES, **STREAM},
         *(

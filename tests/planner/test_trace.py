@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from tests.planner.timelines import peak_bytes, timeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipefit.cost_models.workload import Workload
-from pipefit.errors import TraceError, UnsupportedPipeline
+from pipefit.errors import InvalidRequest, TraceError, UnsupportedPipeline
 from pipefit.planner.build import build_pipeline
 from pipefit.planner.call import default_inputs
 from pipefit.planner.trace import trace
+from pipefit.strategies.live import wrap_method
 
 
 class Pipeline:
@@ -268,3 +270,60 @@ def test_a_package_that_a_pipeline_uses_without_asking_is_named() -> None:
 
     with pytest.raises(UnsupportedPipeline, match=r"`pip install no_such_package_anywhere`"):
         trace(Cleaning(torch.nn.Linear(2, 2)), {})
+
+
+class Doubler(torch.nn.Module):
+    """An autoencoder of sorts: pipelines call its ``decode``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+    def decode(self, z: Any) -> Any:
+        return self.layer(z)
+
+
+def in_parts(count: int, decode: Any, z: Any) -> Any:
+    return torch.cat([decode(part) for part in z.split(count)])
+
+
+def decode_in_parts(twin: Any, component: str, parts: Any) -> Callable[[], None]:
+    """Decode so many rows at a time, as a strategy would."""
+    return wrap_method(twin.vae, "decode", functools.partial(in_parts, parts["parts"]["count"]))
+
+
+def variants_of(
+    apply_variant: Callable[..., Any], counts: Sequence[int], is_required: bool
+) -> Workload:
+    def run(pipe: Any) -> None:
+        pipe.vae.decode(torch.empty(64, 64, device="cuda"))
+
+    return trace(
+        Pipeline(run, vae=Doubler()),
+        {},
+        variants=lambda workload: {"vae": [{"parts": {"count": count}} for count in counts]},
+        apply_variant=apply_variant,
+        is_required=lambda parts: is_required,
+    )
+
+
+def test_a_wrapped_entry_is_told_apart_from_the_plain_one_and_from_other_wrappers() -> None:
+    found = variants_of(decode_in_parts, (16, 32), True)
+    (plain,) = found.variants["vae|parts:count=16"]
+    chosen = [plain, *(found.variants[f"vae|parts:count={n}"][plain] for n in (16, 32))]
+    calls = [sum(e[0] == "c" for e in found.routines[number].events) for number in chosen]
+    assert calls == [1, 4, 2]
+
+
+def test_a_variant_that_fails_is_left_out_and_said_unless_it_is_required() -> None:
+    def fail(decode: Any, z: Any) -> Any:
+        raise ValueError("no such size")
+
+    def failing(twin: Any, component: str, parts: Any) -> Callable[[], None]:
+        return wrap_method(twin.vae, "decode", fail)
+
+    found = variants_of(failing, (16,), False)
+    assert found.variants == {}
+    assert found.assumptions == ("Not considered: parts on vae fails in this call (no such size).",)
+    with pytest.raises(InvalidRequest, match=r"parts on vae fails in this call .no such size."):
+        variants_of(failing, (16,), True)

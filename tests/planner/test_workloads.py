@@ -28,6 +28,12 @@ def _predict_velocity(pipe: Any) -> None:
     pipe.scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
 
 
+def _work_in_parts(pipe: Any) -> None:
+    for part in pipe.unet.modules():
+        if hasattr(part, "set_chunk_feed_forward"):
+            part.set_chunk_feed_forward(1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -37,6 +43,7 @@ def _predict_velocity(pipe: Any) -> None:
         lambda pipe: pipe.vae.enable_slicing(),
         lambda pipe: pipe.unet.set_attention_slice(1),
         lambda pipe: pipe.unet.half(),
+        _work_in_parts,
     ],
 )
 def test_a_pipeline_that_would_compute_otherwise_has_another_key(

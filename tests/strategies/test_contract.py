@@ -38,6 +38,9 @@ MODULES = {
         attention_head_dim=2,
     ),
     "vae": lambda: diffusers.AutoencoderKL(block_out_channels=(32,), sample_size=64),
+    "frames": lambda: diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",)
+    ),
     "head": lambda: torch.nn.Linear(2, 2),
 }
 

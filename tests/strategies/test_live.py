@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks import group_offloading, layerwise_casting
-from diffusers.models import attention_dispatch
+from diffusers.models import attention, attention_dispatch
 from tests.small_pipelines import SMALL_PIPELINES
 
 from pipefit.errors import UnsupportedPipeline
 from pipefit.strategies.live import (
     ACCELERATE_HOOK,
+    CHUNKING_ATTRIBUTES,
     DIFFUSERS_HOOKS,
     GROUP_OFFLOADING_HOOKS,
     LAYERWISE_CASTING_HOOK,
@@ -29,6 +30,14 @@ from pipefit.strategies.live import (
 )
 
 VERSIONS = f"diffusers {diffusers.__version__}, accelerate {accelerate.__version__}"
+
+
+def test_blocks_keep_the_size_of_their_parts_where_we_look() -> None:
+    block = attention.BasicTransformerBlock(4, 1, 4)
+    before = {key: value for key, value in vars(block).items() if "chunk" in key}
+    block.set_chunk_feed_forward(2, dim=1)
+    assert tuple(before) == CHUNKING_ATTRIBUTES, VERSIONS
+    assert [getattr(block, name) for name in CHUNKING_ATTRIBUTES] == [2, 1], VERSIONS
 
 
 def test_group_offloading_registers_under_the_names_that_we_remove() -> None:
