@@ -107,6 +107,18 @@ EXPONENTIALS_PER_SCORE = 1.1
 EXPONENTIALS_PER_SM_CLOCK = 16
 """What the special function units of one SM do per clock. CUDA C++ programming guide, "Arithmetic
 instructions"."""
+CUDNN_TRIAL_GAIN = 0.033
+"""Share of a convolution's time that trying cuDNN's algorithms saves over asking its heuristics.
+
+From the only published pair, 9.50 s and 9.37 s (the fp32 rows of the first table above, TITAN RTX):
+1.4 % of a call of which convolutions are 41 % here. Taken for every dtype and GPU."""
+CUDNN_TRIALS = 10
+"""Algorithms tried for each new convolution: the default of
+``torch.backends.cudnn.benchmark_limit``."""
+RUNS_PER_TRIAL = 2
+"""A warm-up and a timed run (``time_sorted_plan`` in cudnn-frontend, ``CUDNN_FIND_SAMPLE_ONCE``,
+which ATen/native/cudnn/Conv_v8.cpp asks for). That slow algorithms are no slower than the chosen
+one is assumed, so this is the least that a first call takes."""
 MATH_ATTENTION_LAUNCHES = 9
 """SDPA's math kernel: three casts, two scalings, product, softmax, product, cast back. ATen
 native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``."""
@@ -135,6 +147,21 @@ class RoutineCost:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """Switches of the whole process that decide which kernels a call launches."""
+
+    tf32: bool = False
+    """fp32 matrix products in TF32, where the GPU states a rate for it. Convolutions do so without
+    being asked, see :func:`_matrix_rate`."""
+    cudnn_benchmark: bool = False
+    """cuDNN tries its algorithms for each new convolution, and keeps the fastest."""
+
+
+DEFAULT_FLAGS = Flags()
+"""What a process has that nobody switched anything in."""
+
+
 _Part = tuple[int | None, RoutineCost | None]
 """A call of a routine, or a run of launches, or neither: the host waits for the GPU."""
 
@@ -156,7 +183,9 @@ class PlacementTime:
 # --- one launch -----------------------------------------------------------------------------------
 
 
-def kernel_seconds(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> float:
+def kernel_seconds(
+    kernel: Kernel, gpu: Gpu, attention: Attention = "native", flags: Flags = DEFAULT_FLAGS
+) -> float:
     """Return the time of one operator on *gpu*, all launches of it, without waiting for the host.
 
     Raises:
@@ -170,8 +199,10 @@ def kernel_seconds(kernel: Kernel, gpu: Gpu, attention: Attention = "native") ->
         )
     _require_figures(gpu)
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
-        return sum(kernel_seconds(part, gpu) for part in _unfused(kernel))
-    seconds = max(_arithmetic_s(kernel, gpu, attention), _memory_s(_bytes(kernel), gpu))
+        return sum(kernel_seconds(part, gpu, flags=flags) for part in _unfused(kernel))
+    seconds = max(_arithmetic_s(kernel, gpu, attention, flags), _memory_s(_bytes(kernel), gpu))
+    if kernel.kind == "conv" and flags.cudnn_benchmark:
+        seconds *= 1 - CUDNN_TRIAL_GAIN
     return seconds + _layout_copies_s(kernel, gpu) + FLOOR_S * num_launches(kernel, gpu, attention)
 
 
@@ -221,7 +252,9 @@ def attention_kernel(
     return "math" if kernel.dtype == "bfloat16" and not ampere else "efficient"
 
 
-def _arithmetic_s(kernel: Kernel, gpu: Gpu, attention: Attention) -> float:
+def _arithmetic_s(
+    kernel: Kernel, gpu: Gpu, attention: Attention, flags: Flags = DEFAULT_FLAGS
+) -> float:
     if kernel.kind == "attention":
         return _attention_s(kernel, gpu, attention)
     if kernel.kind not in ("gemm", "conv"):
@@ -232,7 +265,7 @@ def _arithmetic_s(kernel: Kernel, gpu: Gpu, attention: Attention) -> float:
         n = 64 * math.ceil(n / 64)
     flops = 2.0 * batch * m * n * k * (1 + PIPELINE_FILL / max(1, k))
     efficiency = CONV_EFFICIENCY if kernel.kind == "conv" else GEMM_EFFICIENCY
-    return flops / (_matrix_rate(kernel, gpu, efficiency) * _occupancy(tiles, gpu))
+    return flops / (_matrix_rate(kernel, gpu, efficiency, flags) * _occupancy(tiles, gpu))
 
 
 def _attention_s(kernel: Kernel, gpu: Gpu, attention: Attention) -> float:
@@ -278,7 +311,9 @@ def _occupancy(tiles: int, gpu: Gpu) -> float:
     return math.sqrt(tiles / (math.ceil(tiles / gpu.num_sms) * gpu.num_sms))
 
 
-def _matrix_rate(kernel: Kernel, gpu: Gpu, efficiency: float) -> float:
+def _matrix_rate(
+    kernel: Kernel, gpu: Gpu, efficiency: float, flags: Flags = DEFAULT_FLAGS
+) -> float:
     """FLOP/s that a matrix kernel of *efficiency* reaches in the dtype that it is computed in.
 
     torch computes fp32 convolutions in TF32 by default, and products not
@@ -287,7 +322,8 @@ def _matrix_rate(kernel: Kernel, gpu: Gpu, efficiency: float) -> float:
     """
     rates = gpu.flops_per_s
     dtype = kernel.dtype
-    if dtype == "float32" and kernel.kind == "conv" and rates.get("tf32"):
+    in_tf32 = kernel.kind == "conv" or (kernel.kind == "gemm" and flags.tf32)
+    if dtype == "float32" and in_tf32 and rates.get("tf32"):
         dtype = "tf32"
     if dtype == "float32" or not rates.get(dtype):
         return FLOAT32_EFFICIENCY * rates["float32"]
@@ -393,9 +429,10 @@ def launch_seconds(gpu: Gpu) -> float:
 class LatencyModel:
     """Times of one workload on one GPU; remembers each routine, so that a search may ask often."""
 
-    def __init__(self, workload: Workload, gpu: Gpu) -> None:
+    def __init__(self, workload: Workload, gpu: Gpu, flags: Flags = DEFAULT_FLAGS) -> None:
         self.workload = workload
         self.gpu = gpu
+        self.flags = flags
         self._launch_s = launch_seconds(gpu)
         self._kernels: dict[tuple[int, Attention], RoutineCost] = {}
         self._routines: dict[tuple[int, Attention], RoutineCost] = {}
@@ -490,6 +527,32 @@ class LatencyModel:
             [self._kernel_cost(e[1], "native") for e in self.workload.root if e[0] == "k"]
         )
         return max(cost.gpu_s, cost.num_launches * self._launch_s)
+
+    def trial_seconds(self, routines: Iterable[int]) -> float:
+        """Return what cuDNN's trials add to the first call of *routines*.
+
+        Once for each different convolution, however often it runs.
+        """
+        if not self.flags.cudnn_benchmark or self.gpu.compute_capability is None:
+            return 0.0
+        reached, waiting = set[int](), list(routines)
+        while waiting:
+            routine = waiting.pop()
+            if routine not in reached:
+                reached.add(routine)
+                events = self.workload.routines[routine].events
+                waiting += [event[1] for event in events if event[0] == "c"]
+        kernels = {
+            event[1]
+            for routine in reached
+            for event in self.workload.routines[routine].events
+            if event[0] == "k" and self.workload.kernels[event[1]].kind == "conv"
+        }
+        return (
+            CUDNN_TRIALS
+            * RUNS_PER_TRIAL
+            * math.fsum(self._kernel_cost(index, "native").gpu_s for index in sorted(kernels))
+        )
 
     def executions(self, routine: int) -> Mapping[str, int]:
         """Return how often one call of *routine* calls each submodule, by path; "" is itself."""
@@ -735,7 +798,7 @@ class LatencyModel:
         if key not in self._kernels:
             kernel = self.workload.kernels[index]
             self._kernels[key] = RoutineCost(
-                gpu_s=kernel_seconds(kernel, self.gpu, attention),
+                gpu_s=kernel_seconds(kernel, self.gpu, attention, self.flags),
                 num_launches=num_launches(kernel, self.gpu, attention),
                 flops=kernel_flops(kernel),
                 num_bytes=int(_bytes(kernel)),

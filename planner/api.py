@@ -17,7 +17,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
-from pipefit.planner.options import Pricing, check_required, plan_options
+from pipefit.planner.options import Pricing, check_required, plan_options, process_options
 from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
     BudgetRequest,
@@ -30,7 +30,7 @@ from pipefit.planner.policy import (
 )
 from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
-from pipefit.planner.workloads import Progress, observe, source_of
+from pipefit.planner.workloads import Observed, Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
 from pipefit.strategies.strategy import Imitated, Option, Quality
 
@@ -126,7 +126,7 @@ def plan(
     def pricings(at: Policy) -> list[Pricing]:
         seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
         check_required(seen[0].workload, at)
-        return [Pricing(s.workload, gpu, load_options=s.load_options) for s in seen]
+        return [_pricing(s, gpu, at) for s in seen]
 
     return decide(
         pricings(policy),
@@ -181,7 +181,7 @@ def predict(
     )
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
     check_required(seen.workload, policy)
-    pricing = Pricing(seen.workload, gpu, load_options=seen.load_options)
+    pricing = _pricing(seen, gpu, policy)
     picks = pricing.exactly(policy.required)
     prediction = pricing.prediction(picks, pricing.replay(picks))
     return PredictedCall(
@@ -190,6 +190,15 @@ def predict(
         call=seen.workload.call,
         machine=machine,
         options=plan_options(pricing, picks),
+    )
+
+
+def _pricing(seen: Observed, gpu: Gpu, policy: Policy) -> Pricing:
+    return Pricing(
+        seen.workload,
+        gpu,
+        load_options=seen.load_options,
+        process_options=process_options(seen.workload, gpu, policy),
     )
 
 

@@ -137,9 +137,9 @@ def apply_options(
 
 def _clear_unused(pipe: Any, options: Sequence[Option], undo: ExitStack) -> None:
     """Take components that the plan does not place, because no call enters them, off the GPU."""
-    placed = {option.component for option in options}
-    if None in placed:  # the whole pipeline is placed
+    if any(strategy(option.strategy).kind == "pipeline_placement" for option in options):
         return
+    placed = {option.component for option in options}
     for name, module in module_components(pipe).items():
         if name not in placed:
             undo.callback(device_restorer(module))
@@ -219,7 +219,7 @@ def _check_options(pipe: Any, options: Sequence[Option]) -> None:
 
 def _covered(chosen: Strategy, option: Option, components: Sequence[str]) -> Sequence[str]:
     """Return the components that *option* touches."""
-    if chosen.kind == "pipeline_placement":
+    if chosen.kind in ("pipeline_placement", "process"):
         if option.component is not None:
             raise InvalidRequest(
                 f"{option.strategy} is for the whole pipeline: leave @{option.component} out."

@@ -18,7 +18,7 @@ from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
 from pipefit.errors import NoPlanFits
-from pipefit.planner.options import Pick, Pricing, plan_options, quality_of
+from pipefit.planner.options import Pick, Pricing, plan_options, quality_of, saved_share
 from pipefit.planner.plan import Alternative, Plan, Rehearsed
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import (
@@ -432,6 +432,9 @@ def _reason(option: Option, best: Configuration) -> str:
     if kind == "load" and option.strategy != "precision":
         stored_bytes = best.pricing.workload.component(str(option.component)).weight_bytes
         return f"Asked for: {option.component} weighs {format_bytes(stored_bytes)} this way."
+    if kind == "process":
+        share = saved_share(best.pricing.workload, best.pricing.gpu, option)
+        return f"Saves {share:.1%} of a call where everything lies on the GPU."
     if kind == "load":
         return f"Halves what {option.component} weighs and moves."
     if kind == "pipeline_placement":

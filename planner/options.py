@@ -14,7 +14,7 @@ from typing import Any
 
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
-from pipefit.cost_models.latency import Attention, LatencyModel
+from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
 from pipefit.cost_models.placement import (
@@ -36,9 +36,10 @@ from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
-from pipefit.planner.search import Candidate, Problem, Selection
+from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
+from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.strategy import Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -157,7 +158,7 @@ def check_required(workload: Workload, policy: Policy) -> None:
                 f"Strategy {option.strategy} applies to no component of {workload.pipeline}: "
                 f"{next(iter(reasons.values()))}"
             )
-        if option.component is not None and one.kind == "pipeline_placement":
+        if option.component is not None and one.kind in ("pipeline_placement", "process"):
             raise InvalidRequest(
                 f"Strategy {one.name} is for the whole pipeline: leave @{option.component} out."
             )
@@ -215,18 +216,60 @@ def _sensible(
     ]
 
 
+def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+    """Return the switches of the process: those asked for, and those that are worth it.
+
+    They change the time of every candidate and the memory of none, so they are no axis of the
+    search: each is taken, for all candidates or for none, where the time that it saves the
+    untouched pipeline is no tie.
+    """
+    found = []
+    for one in _allowed("process", policy):
+        option = Option(strategy=one.name)
+        if _is_required(policy, one) or (
+            any(one.options(c, workload, gpu) for c in workload.components)
+            and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
+        ):
+            found.append(option)
+    return tuple(found)
+
+
+def flags_of(options: Sequence[Option]) -> Flags:
+    """Return what the process is switched to by *options*, other strategies left out."""
+    named = {option.strategy for option in options}
+    return Flags(tf32="tf32" in named, cudnn_benchmark="cudnn_benchmark" in named)
+
+
+def saved_share(workload: Workload, gpu: Gpu, option: Option) -> float:
+    """Return which share of a call's time a switch of the process saves while all is resident."""
+    before_s, after_s = (
+        model.own_seconds()
+        + sum(model.call_seconds(event[1]) for event in workload.root if event[0] == "c")
+        for flags in (DEFAULT_FLAGS, flags_of([option]))
+        for model in [LatencyModel(workload, gpu, flags)]
+    )
+    return 1 - after_s / before_s if before_s else 0.0
+
+
 class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
     def __init__(
-        self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()
+        self,
+        workload: Workload,
+        gpu: Gpu,
+        *,
+        load_options: Sequence[Option] = (),
+        process_options: Sequence[Option] = (),
     ) -> None:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
         """Options that made this workload out of the user's pipeline: a cast."""
+        self.process_options = tuple(process_options)
+        """Switches of the process under which everything is priced."""
         self.memory = MemoryModel(workload, gpu)
-        self.latency = LatencyModel(workload, gpu)
+        self.latency = LatencyModel(workload, gpu, flags_of(process_options))
         self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
 
@@ -347,7 +390,10 @@ class Pricing:
             ),
             host_bytes=host.pageable_bytes + host.pinned_bytes,
             pinned_bytes=host.pinned_bytes,
-            quality_rank=max(option_quality(o).rank for o in (*options, *self.load_options)),
+            quality_rank=max(
+                option_quality(o).rank
+                for o in (*options, *self.load_options, *self.process_options)
+            ),
             num_strategies=len(counted),
             stock=_stock_way(placement),
             payload=Pick(choice=choice, options=options, attention=attention),
@@ -358,12 +404,6 @@ class Pricing:
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
         component = self.workload.component(phase.component)
-        counts: dict[int, int] = {}
-        for ordinal in phase.calls:
-            routine = self._root_calls[ordinal][1]
-            if choice.variant:
-                routine = self.workload.variants[choice.variant].get(routine, routine)
-            counts[routine] = counts.get(routine, 0) + 1
         if isinstance(choice.placement, Streaming):
             replaced = self.workload.variants[choice.variant] if choice.variant else {}
             streamed = self.latency.streaming_seconds(
@@ -375,13 +415,23 @@ class Pricing:
         moves = phase == first
         time = self.latency.placement_seconds(
             component,
-            list(counts.items()),
+            list(self._routines(phase, choice).items()),
             choice.placement,
             attention=attention,
             num_onloads=self._residency.onloads.get(component.name, 0) if moves else 0,
             num_offloads=self._residency.offloads.get(component.name, 0) if moves else 0,
         )
         return time.call_s, time.first_call_s, time.low_s, time.high_s
+
+    def _routines(self, phase: Phase, choice: Choice) -> dict[int, int]:
+        """Return the routines that the calls of *phase* run, and how often each."""
+        counts: dict[int, int] = {}
+        for ordinal in phase.calls:
+            routine = self._root_calls[ordinal][1]
+            if choice.variant:
+                routine = self.workload.variants[choice.variant].get(routine, routine)
+            counts[routine] = counts.get(routine, 0) + 1
+        return counts
 
     # -- predictions
 
@@ -401,6 +451,7 @@ class Pricing:
         """Return what *picks*, with the replayed *peaks*, need."""
         device = self.gpu.index
         phases = []
+        routines: set[int] = set()
         first_s = low_s = high_s = call_s = self.latency.own_seconds()
         for phase, peak in zip(self.workload.phases, peaks, strict=True):
             pick = picks[phase.component]
@@ -410,6 +461,7 @@ class Pricing:
             )
             call_s, first_s = call_s + seconds, first_s + phase_first_s
             low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
+            routines.update(self._routines(phase, pick.choice))
             phases.append(
                 PhasePrediction(
                     name=phase.name,
@@ -449,13 +501,19 @@ class Pricing:
                 ),
             ),
             phases=tuple(phases),
-            latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
+            latency=Latency(
+                first_call_s=first_s + self.latency.trial_seconds(routines),
+                call_s=call_s,
+                low_s=low_s,
+                high_s=high_s,
+            ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
                 *_loading_notes(loading_bytes),
+                *([TRIALS_NOTE] if self.latency.flags.cudnn_benchmark else ()),
                 *_host_notes(host),
             ),
         )
@@ -489,7 +547,7 @@ class Pricing:
                 for asked in _required(policy, one, component):
                     if one.kind == "compute":
                         parts[one.name] = asked.parameters
-                    elif one.kind != "load":
+                    elif "placement" in one.kind:
                         option = replace(asked, component=component.name)
                         placement = one.placement(asked.parameters)
             variant = variant_key(component.name, parts) if parts else ""
@@ -545,7 +603,7 @@ def attention_of(parts: Parts) -> Attention:
 
 def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Option, ...]:
     """Return the options of a configuration, each once, in the order of application."""
-    found: list[Option] = list(pricing.load_options)
+    found: list[Option] = [*pricing.process_options, *pricing.load_options]
     for name, pick in picks.items():
         if pick is None:
             continue

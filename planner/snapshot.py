@@ -68,7 +68,9 @@ def _process_flags() -> Snapshot:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
         "attention backend": attention_registry().get_active_backend()[0],
-        "float32 matrix products": torch.get_float32_matmul_precision(),
+        # The older way of asking raises where the newer was used to answer.
+        "float32 matrix products": cuda.matmul.fp32_precision,
+        "float32 convolutions": cudnn.conv.fp32_precision,
         "cuDNN": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "scaled dot product attention": (
             cuda.flash_sdp_enabled(),

@@ -18,7 +18,7 @@ from typing import Any
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.serial import to_json
 from pipefit.cost_models.workload import Component, Workload
-from pipefit.errors import InvalidRequest, UnknownName
+from pipefit.errors import InvalidRequest, TraceError, UnknownName
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.options import Parts, compute_variants
 from pipefit.planner.policy import Policy
@@ -67,7 +67,15 @@ def observe(
     offered = _offered(plain, gpu, policy)
     found = []
     for options in [asked, (*offered, *asked)] if offered else [asked]:
-        workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
+        try:
+            workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
+        except TraceError:
+            if options == asked:
+                raise
+            # What cannot be cast (an autoencoder that overflows) is handed tensors of the others,
+            # and not every pipeline converts them.
+            say(f"{source.name} does not run once cast: its dtypes stay as they are")
+            continue
         _check_offload(workload, options, policy)
         workload = replace(
             workload,
@@ -271,7 +279,7 @@ def _trace(
         "architecture": gpu.architecture,
         "quality": policy.quality.value,
         "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
-        "forbidden": sorted(policy.forbidden),
+        "forbidden": sorted(n for n in policy.forbidden if strategy(n).kind != "process"),
     }
     return cached_trace(json.loads(json.dumps(key, default=str)), make)
 

@@ -8,6 +8,7 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.cudnn_benchmark import CudnnBenchmark
 from pipefit.strategies.decode_chunks import DecodeChunks
 from pipefit.strategies.feed_forward_chunking import FeedForwardChunking
 from pipefit.strategies.group_offload import GroupOffload
@@ -20,10 +21,13 @@ from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
+from pipefit.strategies.tf32 import Tf32
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
 
 BUILT_IN: tuple[Strategy, ...] = (
+    Tf32(),
+    CudnnBenchmark(),
     Precision(),
     Quantization(),
     LayerwiseCasting(),

@@ -19,11 +19,12 @@ from pipefit.cost_models.workload import Component, Workload
 Undo = Callable[[], None]
 """Takes one strategy back; called once, in reverse order of application."""
 
-Kind = Literal["placement", "pipeline_placement", "compute", "load"]
+Kind = Literal["placement", "pipeline_placement", "compute", "load", "process"]
 """placement: where one component's weights are, exactly one per component.
 pipeline_placement: the same, for all components at once (model and sequential offload).
 compute: changes how the component computes; its effect on memory and time is traced.
-load: how the weights are stored (dtype, fewer bits); changes the whole trace."""
+load: how the weights are stored (dtype, fewer bits); changes the whole trace.
+process: a switch of the whole process; the same tensors, other kernels, so it is not traced."""
 
 
 class Quality(str, enum.Enum):

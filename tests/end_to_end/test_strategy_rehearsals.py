@@ -57,6 +57,8 @@ SOME_STAY = {"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10}
 """Of small models: one block or more is streamed."""
 
 FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "tf32": ({},),
+    "cudnn_benchmark": ({},),
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
     "quantization": (
         {"backend": "torchao", "type": "int8_weight_only"},
@@ -289,7 +291,7 @@ def _both_say_no(name: str, one: Option, other: Option) -> None:
         for option in (one, other)
         for component in (
             (None,)
-            if strategy(option.strategy).kind == "pipeline_placement"
+            if strategy(option.strategy).kind in ("pipeline_placement", "process")
             else takers(name, option)
         )
     ]

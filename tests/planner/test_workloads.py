@@ -11,6 +11,7 @@ from tests.small_pipelines import flux, small_call, stable_diffusion
 
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.api import _lower_levels
+from pipefit.planner.catalog import reference_machine
 from pipefit.planner.policy import Policy, parse_strategy_spec
 from pipefit.planner.probe import cpu_machine
 from pipefit.planner.workloads import _described, observe, state_digest
@@ -117,3 +118,13 @@ def test_what_cannot_be_stored_so_is_refused(specs: list[str], error: Any, says:
 def test_a_level_at_which_nothing_is_offered_is_not_traced() -> None:
     assert _lower_levels(Quality.HIGH) == []
     assert _lower_levels(Quality.EXACT) == [Quality.HIGH]
+
+
+def test_a_cast_that_the_call_does_not_survive_is_not_offered() -> None:
+    # Its autoencoder would overflow in float16 and stays, and Stable Diffusion hands it float16.
+    turing = reference_machine(["t4"]).gpus[0]
+    policy = Policy(budget_bytes={0: turing.total_bytes}, quality=Quality.HIGH)
+    pipe = stable_diffusion()
+    pipe.vae.register_to_config(force_upcast=True)
+    seen = observe(pipe, small_call("stable_diffusion"), gpu=turing, policy=policy)
+    assert [one.load_options for one in seen] == [()]
