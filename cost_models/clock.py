@@ -199,7 +199,7 @@ class Clock:
         return queue
 
 
-Run = tuple[int, float] | None
+Run = tuple[float, float] | None
 """Launches in a row that are alike, and the seconds that they take together; None: the host waits
 until the GPU has done all it was given."""
 
@@ -213,9 +213,9 @@ class Issue:
     def __init__(self, launch_s: float) -> None:
         self._launch_s = launch_s
         self.host_s = self.gpu_s = 0.0
-        self._queued: deque[tuple[int, float]] = deque()
+        self._queued: deque[tuple[float, float]] = deque()
         """Launches of a run, and when the GPU will have done it."""
-        self._num_queued = 0
+        self._num_queued = 0.0
 
     @property
     def done_s(self) -> float:
@@ -227,7 +227,7 @@ class Issue:
         if run is None:
             self.host_s = max(self.host_s, self.gpu_s)
             self._queued.clear()
-            self._num_queued = 0
+            self._num_queued = 0.0
             return
         num_launches, gpu_s = run
         if not num_launches:
@@ -238,7 +238,7 @@ class Issue:
             self.host_s = max(self.host_s, done_s)
         issued_s = self.host_s + num_launches * self._launch_s
         begin_s = max(self.gpu_s, self.host_s + self._launch_s)
-        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / num_launches)
+        self.gpu_s = max(begin_s + gpu_s, issued_s + gpu_s / max(1, num_launches))
         self.host_s = issued_s
         self._queued.append((num_launches, self.gpu_s))
         self._num_queued += num_launches

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -50,6 +50,7 @@ from pipefit.cost_models.workload import (
     Component,
     Event,
     Kernel,
+    Launcher,
     Phase,
     Workload,
     calls_in_order,
@@ -96,6 +97,27 @@ SERVER_LAUNCH_S = 53e-6
 """Host time per launch, module calls and views around it included, beside data-centre GPUs."""
 DESKTOP_LAUNCH_S = 31e-6
 """The same beside desktop GPUs, whose hosts clock higher (RTX 4090 Stable Diffusion 1.5 rows)."""
+LAUNCHER_SHARE: Mapping[Launcher, float] = {
+    "eager": 1.0,
+    "traced": 0.3,
+    "compiled": 0.3,
+    "captured": 0.01,
+}
+"""Host time of a launch against one from a module's Python.
+
+Traced: measured, a UNet on tensors of a few elements (torch 2.13 on a 2.5 GHz Xeon) takes 10.3 ms
+eagerly and 3.1 traced. Inductor's wrapper is taken to be as quick, for want of a row that the host
+bounds. A CUDA graph is launched as one; a hundredth stands for that.
+"""
+GRAPH_S = 3.4
+"""Seconds that inductor takes for a graph, and ``WRITTEN_KERNEL_S`` for each kernel that it writes.
+
+FLUX.1-dev on an H100: 67.4 s for the transformer in one graph, 9.6 s for its two kinds of blocks;
+https://docs.pytorch.org/devlogs/inductor/2026-05-11-torch-compile-and-diffusers. Two figures for
+two constants; they give 70 s for SDXL's UNet, for which 40 to 90 s are reported. With cold caches,
+on a server; what ``max-autotune`` tries out comes on top and is not known.
+"""
+WRITTEN_KERNEL_S = 0.18
 PIPELINE_FILL = 67.0
 """Reduction length that filling a matrix kernel's pipeline costs: work grows by 1 + this / K."""
 TILE = 128
@@ -125,6 +147,9 @@ SMALL_RUN = 64
 """Launches up to which a call is not looked into: far below the queue of launches, so that the host
 cannot be held up within it."""
 
+LIBRARY_KINDS = ("conv", "gemm", "attention")
+"""Kinds of kernels that no compiler writes."""
+
 _HALF = ("float16", "bfloat16")
 
 
@@ -134,7 +159,8 @@ class RoutineCost:
 
     gpu_s: float
     """Sum over the launches, as if the host were infinitely fast."""
-    num_launches: int
+    num_launches: float
+    """By what they cost the host, in launches from a module's Python."""
     flops: int
     num_bytes: int
 
@@ -186,6 +212,11 @@ def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> i
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return MATH_ATTENTION_LAUNCHES + kernel.masked
     return 2 if kernel.kind == "norm" and "group_norm" in kernel.name else 1
+
+
+def host_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> float:
+    """Return what issuing *kernel* costs the host, in launches from a module's Python."""
+    return num_launches(kernel, gpu, attention) * LAUNCHER_SHARE[kernel.launcher]
 
 
 def kernel_flops(kernel: Kernel) -> int:
@@ -489,6 +520,24 @@ class LatencyModel:
             )
         return found
 
+    def compiling_seconds(self, routines: Iterable[int]) -> float:
+        """Return what compiling costs the first call of *routines*; equal graphs are made once."""
+        graphs: set[tuple[str, tuple[Kernel, ...]]] = set()
+        seen: set[int] = set()
+        waiting = list(routines)
+        while waiting:
+            number = waiting.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            routine = self.workload.routines[number]
+            kernels = tuple(self.workload.kernels[e[1]] for e in routine.events if e[0] == "k")
+            if any(kernel.launcher in ("compiled", "captured") for kernel in kernels):
+                graphs.add((routine.module_class, kernels))
+            waiting += [event[1] for event in routine.events if event[0] == "c"]
+        num_written = sum(k.kind not in LIBRARY_KINDS for _, kernels in graphs for k in kernels)
+        return GRAPH_S * len(graphs) + WRITTEN_KERNEL_S * num_written
+
     def own_seconds(self) -> float:
         """Return the time of the pipeline's own kernels between its component calls."""
         cost = _total(
@@ -739,7 +788,7 @@ class LatencyModel:
             kernel = self.workload.kernels[index]
             self._kernels[key] = RoutineCost(
                 gpu_s=kernel_seconds(kernel, self.gpu, attention),
-                num_launches=num_launches(kernel, self.gpu, attention),
+                num_launches=host_launches(kernel, self.gpu, attention),
                 flops=kernel_flops(kernel),
                 num_bytes=int(_bytes(kernel)),
             )

@@ -33,7 +33,7 @@ from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
-from pipefit.strategies.strategy import Option, Quality, Strategy
+from pipefit.strategies.strategy import Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
@@ -72,6 +72,8 @@ def _combinations(
         required = _required(policy, one, component)
         if required:
             axes.append([(one.name, option.parameters) for option in required])
+            continue
+        if isinstance(one, Consented) and not policy.compile_allowed:
             continue
         offered = one.options(component, workload, gpu)
         if offered:
@@ -329,7 +331,8 @@ class Pricing:
             num_onloads=self._residency.onloads.get(component.name, 0) if moves else 0,
             num_offloads=self._residency.offloads.get(component.name, 0) if moves else 0,
         )
-        return time.call_s, time.first_call_s, time.low_s, time.high_s
+        compiling_s = self.latency.compiling_seconds(counts) if choice.variant else 0.0
+        return time.call_s, time.first_call_s + compiling_s, time.low_s, time.high_s
 
     # -- predictions
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipefit.strategies.live import (
+    COMPILED,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     hooks_of,
@@ -38,6 +39,7 @@ def snapshot(pipe: Any, *, with_values: bool = False) -> Snapshot:
         }
         for path, part in module.named_modules(prefix=name):
             found[f"{path} forward"] = vars(part).get("forward")
+            found[f"{path} compiled"] = vars(part).get(COMPILED)
             processor = getattr(part, "processor", None)
             found[f"{path} processor"] = (processor, getattr(processor, "_attention_backend", None))
         first_path: dict[int, str] = {}

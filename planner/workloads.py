@@ -263,6 +263,7 @@ def _trace(
         "quality": policy.quality.value,
         "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
         "forbidden": sorted(policy.forbidden),
+        "compile_allowed": policy.compile_allowed,
     }
     return cached_trace(json.loads(json.dumps(key, default=str)), make)
 

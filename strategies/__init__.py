@@ -8,6 +8,7 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.compile import Compile
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
@@ -33,6 +34,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     Streaming(),
     ModelOffload(),
     SequentialOffload(),
+    Compile(),
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 
