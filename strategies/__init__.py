@@ -10,6 +10,7 @@ from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
 from pipefit.strategies.compile import Compile
 from pipefit.strategies.group_offload import GroupOffload
+from pipefit.strategies.jit_trace import JitTrace
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
@@ -29,6 +30,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     Attention(),
     VaeSlicing(),
     VaeTiling(),
+    JitTrace(),
     GroupOffload(),
     Resident(),
     Streaming(),
