@@ -352,12 +352,18 @@ def _memory_s(num_bytes: float, gpu: Gpu) -> float:
 
 
 def _layout_copies_s(kernel: Kernel, gpu: Gpu) -> float:
-    """16-bit convolution kernels are channels-last: cuDNN turns everything around, and back."""
+    """16-bit convolution kernels are channels-last: cuDNN turns everything around, and back.
+
+    Inductor keeps what it makes itself in channels_last, and turns weights, which it is given
+    (``decide_layout_opt`` in torch/_inductor/graph.py, 2.13).
+    """
     if kernel.kind != "conv" or kernel.dtype not in _HALF or kernel.channels_last:
         return 0.0
     if gpu.compute_capability is None or gpu.compute_capability < (7, 0):
         return 0.0  # no tensor cores, no channels-last kernels
-    sizes = (kernel.input_bytes, kernel.output_bytes, kernel.weight_bytes)
+    sizes: tuple[int, ...] = (kernel.input_bytes, kernel.output_bytes, kernel.weight_bytes)
+    if kernel.launcher in ("compiled", "captured"):
+        sizes = (kernel.weight_bytes,)
     return sum(_memory_s(2 * size, gpu) for size in sizes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipefit.cost_models.fusion import Operator, graph_steps
-from pipefit.cost_models.workload import SYNCHRONISE, Kernel, KernelKind
+from pipefit.cost_models.workload import Kernel, KernelKind
 
 WEIGHT = -1
 INPUT = -2
@@ -51,18 +51,15 @@ def test_what_lies_between_two_products_is_one_kernel_that_reads_its_inputs_once
     assert {k.launcher for k in kernels} == {"compiled"}
 
 
-def test_buffers_between_fused_operators_are_never_allocated_and_results_take_a_place() -> None:
+def test_memory_stays_that_of_the_eager_call() -> None:
     steps = graph_steps(CALL, {3}, "compiled")
-    memory = [step[:2] for step in steps if step[0] in "af"]
-    # 1 lies within the fused kernel; 2 takes the place of 0, which nobody reads after it.
-    assert memory == [("a", 0), ("f", 0), ("a", 2), ("a", 3), ("f", 2)]
+    assert [step for step in steps if step[0] != "k"] == [e for e in CALL if isinstance(e, tuple)]
 
 
 def test_a_buffer_that_is_read_again_later_is_written() -> None:
     late = operator("gemm", {1: 100, WEIGHT: 50}, {4: 100})
     steps = graph_steps([*CALL[:6], CALL[8], CALL[9], ("a", 4, 100), late], {3, 4}, "compiled")
     assert launched(steps)[1].write_bytes == 200
-    assert ("a", 1, 100) in steps
 
 
 def test_a_script_fuses_pointwise_operators_and_leaves_normalisations() -> None:
@@ -82,24 +79,18 @@ def test_a_wait_of_the_host_divides_a_graph() -> None:
     wait = ("k", 7)
     recorded = [CALL[2], CALL[3], wait, CALL[4], CALL[5]]
     steps = graph_steps(recorded, {1, 2}, "compiled")
-    assert [step[1] for step in steps if step[0] == "k"][1] == 7
-    assert SYNCHRONISE not in launched(steps)
+    kernels = [step[1] for step in steps if step[0] == "k"]
+    assert [getattr(kernel, "kind", kernel) for kernel in kernels] == ["norm", 7, "elementwise"]
 
 
-def test_a_weight_in_nchw_is_turned_at_every_call_and_freed_after_it() -> None:
-    shape = (1, 4, 4, 1, 0, 8, 8, 8, 8, 3, 3)
-    conv = operator("conv", {INPUT: 64, WEIGHT: 36}, {0: 64}, shape=shape, weight_bytes=36)
-    steps = graph_steps([("a", 0, 64), conv], {0}, "compiled")
-    assert [step[0] for step in steps] == ["a", "a", "k", "k", "f"]
-    turned, kernel = launched(steps)
-    assert (turned.kind, turned.read_bytes) == ("copy", 36)
-    assert kernel.channels_last and kernel.weight_channels_last
-    as_it_is = operator(
-        "conv", {INPUT: 64, WEIGHT: 36}, {0: 64}, shape=shape, weight_channels_last=True
-    )
-    assert len(launched(graph_steps([("a", 0, 64), as_it_is], {0}, "compiled"))) == 1
+def test_what_nobody_reads_is_not_launched() -> None:
+    steps = graph_steps([*CALL[2:6], ("f", 1), ("f", 2)], set(), "compiled")
+    assert launched(steps) == []
 
 
-def test_the_callers_buffers_are_let_go_at_the_end() -> None:
-    steps = graph_steps([*CALL[:2], ("x", 0), *CALL[2:]], {3}, "compiled")
-    assert steps[-1] == ("x", 0)
+def test_of_a_table_only_the_rows_that_are_written_are_read() -> None:
+    rows = operator("index", {WEIGHT: 10_000}, {0: 100})
+    double = operator("elementwise", {0: 100}, {1: 100})
+    recorded = [("a", 0, 100), rows, ("a", 1, 100), double, ("f", 0)]
+    (kernel,) = launched(graph_steps(recorded, {1}, "compiled"))
+    assert (kernel.read_bytes, kernel.write_bytes) == (100, 100)

@@ -141,7 +141,7 @@ def test_a_script_is_predicted_with_cheaper_launches_and_pointwise_chains_as_one
     ((plain, scripted),) = workload.variants["unet|jit_trace:"].items()
     kernels = [workload.kernels[e[1]] for e in workload.routines[scripted].events if e[0] == "k"]
     assert {kernel.launcher for kernel in kernels} == {"traced"}
-    eager = [kernel for kernel in _kernels(workload, plain)]
+    eager = _kernels(workload, plain)
     assert len(kernels) < len(eager)
     for kind in ("conv", "gemm", "attention", "norm"):
         assert sum(k.kind == kind for k in kernels) == sum(k.kind == kind for k in eager)
