@@ -26,13 +26,14 @@ from pipefit.cost_models.prediction import (
     Prediction,
 )
 from pipefit.cost_models.residency import model_offload_residency
-from pipefit.cost_models.units import format_bytes
+from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
+from pipefit.strategies.live import CAPTURING_MODES
 from pipefit.strategies.strategy import Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -384,6 +385,12 @@ class Pricing:
             [phase.component for phase in self.workload.phases],
             stored_bytes=self._stored_bytes(),
         )
+        compiled = {
+            str(option.component): option.parameters
+            for pick in picks.values()
+            for option in (pick.options if pick else ())
+            if option.strategy == "compile"
+        }
         worst = max(peaks, key=lambda p: p.promised_bytes)
         loading_bytes = self.memory.loading_bytes()
         process_bytes = max(loading_bytes + worst.context_bytes, *(p.process_bytes for p in peaks))
@@ -406,6 +413,7 @@ class Pricing:
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
+                *_compiling_notes(compiled, first_s - call_s),
                 *_loading_notes(loading_bytes),
                 *_host_notes(host),
             ),
@@ -456,6 +464,22 @@ class Pricing:
                 attention=attention_of(parts),
             )
         return picks
+
+
+def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -> tuple[str, ...]:
+    if not compiled:
+        return ()
+    names = " and ".join(compiled)
+    notes = [
+        f"The first call compiles {names}: {format_seconds(more_s)} more with nothing cached.",
+        "Memory is predicted as without compiling; published peaks were up to 4 % higher.",
+    ]
+    modes = {str(parameters.get("mode")) for parameters in compiled.values()}
+    if any(mode.startswith("max-autotune") for mode in modes):
+        notes.append("How long max-autotune tries kernels out is not known and comes on top.")
+    if modes.intersection(CAPTURING_MODES):
+        notes.append("CUDA graphs keep a memory pool of their own, which is not counted.")
+    return tuple(notes)
 
 
 def _loading_notes(loading_bytes: int) -> tuple[str, ...]:

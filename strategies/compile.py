@@ -28,7 +28,8 @@ from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 SCOPES = ("repeated_blocks", "component")
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""What ``torch.compile`` knows (``list_mode_options`` in torch/_inductor/__init__.py, 2.13)."""
+"""What ``torch.compile`` knows (``list_mode_options`` in torch/_inductor/__init__.py, 2.13) but
+``lite``, which fuses nothing."""
 
 REGIONAL_SHARE = 0.9
 """Share of a component's weights in its repeated blocks above which those alone are offered.
@@ -58,8 +59,7 @@ class Compile:
     consent: Literal["compile"] = "compile"
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """How much of the weights lies in blocks that the class names as repeated, and in which
-        of its parts an autoencoder computes."""
+        """How much of the weights lies in blocks that the class names as repeated."""
         total = sum(parameter.numel() for parameter in module.parameters())
         blocks = repeated_blocks(module)
         inside = sum(p.numel() for block in blocks for p in block.parameters())

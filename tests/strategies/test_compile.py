@@ -25,6 +25,8 @@ from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import trace
 from pipefit.planner.workloads import _apply_parts
 from pipefit.strategies import conflict_of, strategy, traits_of
+from pipefit.strategies.compile import MODES
+from pipefit.strategies.live import CAPTURING_MODES, COMPILED, repeated_blocks
 from pipefit.strategies.strategy import Option, Quality
 
 COMPILE = strategy("compile")
@@ -171,7 +173,7 @@ def test_hooks_within_what_is_compiled_exclude_it(
     assert bool(reason) == bool(excluded), reason
 
 
-def test_a_compiled_call_is_predicted_with_fewer_launches_and_no_more_memory() -> None:
+def test_a_compiled_call_is_predicted_with_fewer_launches_and_the_memory_of_an_eager_one() -> None:
     workload = traced("flux", ("transformer", WHOLE), ("transformer", REGIONAL))
     captured = {**WHOLE, "mode": "reduce-overhead"}
     eager = None
@@ -186,6 +188,16 @@ def test_a_compiled_call_is_predicted_with_fewer_launches_and_no_more_memory() -
         assert sum(k.read_bytes + k.write_bytes for k in graph) < sum(
             k.read_bytes + k.write_bytes for k in eager
         )
+    pricing = Pricing(workload, _gpu())
+    peaks = [
+        pricing.replay(pricing.exactly(options))[2].allocated_bytes
+        for options in (
+            [],
+            [Option(strategy="compile", component="transformer", parameters=WHOLE)],
+            [Option(strategy="compile", component="transformer", parameters=REGIONAL)],
+        )
+    ]
+    assert peaks[1:] == [pytest.approx(peaks[0], rel=0.01)] * 2
     assert eager is not None
     assert {k.launcher for k in eager} == {"eager"}
     again = traced("flux", ("transformer", captured))
@@ -199,6 +211,7 @@ def test_equal_blocks_are_one_graph_and_the_first_call_pays_for_each_kind() -> N
     picks = pricing.exactly([Option(strategy="compile", component="transformer",
                                     parameters=REGIONAL)])  # fmt: skip
     prediction = pricing.prediction(picks, pricing.replay(picks))
+    assert "The first call compiles transformer" in " ".join(prediction.assumptions)
     warming_s = prediction.latency.first_call_s - prediction.latency.call_s
     (compiled,) = next(iter(workload.variants.values())).values()
     assert warming_s == pytest.approx(pricing.latency.compiling_seconds([compiled]))
@@ -217,6 +230,23 @@ def test_equal_blocks_are_one_graph_and_the_first_call_pays_for_each_kind() -> N
 def _gpu() -> Any:
     machine: Machine = reference_machine(["rtx-4060"])
     return machine.gpus[0]
+
+
+def test_what_diffusers_compiles_of_a_model_is_what_we_do() -> None:
+    """Guards ``_repeated_blocks`` of diffusers 0.42 and ``_compiled_call_impl`` of torch 2.13."""
+    module = SMALL_PIPELINES["flux"]().transformer
+    module.compile_repeated_blocks(backend="eager")
+    marked = [part for part in module.modules() if vars(part).get(COMPILED) is not None]
+    assert marked == repeated_blocks(module)
+    assert len(marked) == 4
+
+
+def test_modes_and_which_of_them_capture_graphs_are_torchs() -> None:
+    """Guards ``list_mode_options`` of torch 2.13."""
+    modes = torch._inductor.list_mode_options()
+    assert set(MODES) == set(modes) - {"lite"}  # which fuses nothing
+    capturing = {mode for mode, set_to in modes.items() if set_to.get("triton.cudagraphs")}
+    assert capturing == set(CAPTURING_MODES)
 
 
 def test_an_autoencoder_is_compiled_where_it_computes() -> None:
