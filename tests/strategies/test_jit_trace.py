@@ -97,6 +97,35 @@ def test_what_cannot_be_traced_says_so_in_a_sentence() -> None:
     assert module(torch.ones(1))[1] == "a name"
 
 
+class Hiding(torch.nn.Module):
+    """Writes where the tracer does not look, as CogVideoX does with its position table."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = x.new_zeros(x.shape)
+        table.data.copy_(x)
+        return x + table
+
+
+def test_a_script_that_computes_something_else_is_refused_in_its_first_call() -> None:
+    module = Hiding()
+    undo = JIT.apply(SimpleNamespace(part=module), "part", {}, "cpu")
+    with pytest.raises(InvalidRequest, match="differs from its own by 50%"):
+        module(torch.ones(2))
+    undo()
+    assert module(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_a_script_makes_no_wrong_picture() -> None:
+    pipe, expected = untouched("cogvideox")
+    with (
+        apply_options(pipe, [Option(strategy="jit_trace", component="transformer")], "cpu"),
+        pytest.raises(InvalidRequest, match="CogVideoXTransformer3DModel cannot be traced"),
+    ):
+        picture(pipe, "cogvideox")
+    assert torch.equal(picture(pipe, "cogvideox"), expected)
+
+
 def test_it_is_offered_only_where_the_gpu_is_too_old_for_compile() -> None:
     component = described(SMALL_PIPELINES["stable_diffusion"]().unet)
     phase = Phase(name="denoise", component="part", entry="forward", calls=tuple(range(50)))
