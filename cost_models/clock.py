@@ -199,11 +199,11 @@ class Clock:
         return queue
 
 
-Run = tuple[int, float] | None
+Run = tuple[float, float] | None
 """Launches in a row that are alike, and the seconds that they take together; None: the host waits
 until the GPU has done all it was given."""
 
-Step = tuple[int, float, float, float] | None
+Step = tuple[float, float, float, float] | None
 """Launches in a row; the seconds that the host takes for them, and the GPU; and when the GPU has
 done them at the earliest, counted from where the host was before. None as for runs."""
 
@@ -227,7 +227,7 @@ def steps_of(runs: Iterable[Run], launch_s: float, *, gpu_factor: float = 1.0) -
         if not num_launches:
             continue
         host_s, gpu_s = num_launches * launch_s, run_s * gpu_factor
-        reach_s = max(launch_s + gpu_s, host_s + gpu_s / num_launches)
+        reach_s = max(launch_s + gpu_s, host_s + gpu_s / max(1, num_launches))
         last = found[-1] if found else None
         if last is not None and last[0] + num_launches <= MAX_STEP_LAUNCHES:
             before, before_host_s, before_gpu_s, before_reach_s = last
@@ -248,9 +248,9 @@ class Issue:
 
     def __init__(self) -> None:
         self.host_s = self.gpu_s = 0.0
-        self._queued: deque[tuple[int, float]] = deque()
+        self._queued: deque[tuple[float, float]] = deque()
         """Launches of a step, and when the GPU will have done it."""
-        self._num_queued = 0
+        self._num_queued = 0.0
 
     @property
     def done_s(self) -> float:
@@ -267,7 +267,7 @@ class Issue:
                 if gpu_s > host_s:
                     host_s = gpu_s
                 queued.clear()
-                num_queued = 0
+                num_queued = 0.0
                 continue
             num_launches, step_host_s, step_gpu_s, reach_s = step
             while num_queued > LAUNCH_QUEUE:

@@ -50,6 +50,7 @@ from pipefit.cost_models.workload import (
     Component,
     Event,
     Kernel,
+    Launcher,
     Phase,
     Workload,
     calls_in_order,
@@ -96,6 +97,27 @@ SERVER_LAUNCH_S = 53e-6
 """Host time per launch, module calls and views around it included, beside data-centre GPUs."""
 DESKTOP_LAUNCH_S = 31e-6
 """The same beside desktop GPUs, whose hosts clock higher (RTX 4090 Stable Diffusion 1.5 rows)."""
+LAUNCHER_SHARE: Mapping[Launcher, float] = {
+    "eager": 1.0,
+    "traced": 0.3,
+    "compiled": 0.3,
+    "captured": 0.01,
+}
+"""Host time of a launch against one from a module's Python.
+
+Traced: measured, a UNet on tensors of a few elements (torch 2.13 on a 2.5 GHz Xeon) takes 10.3 ms
+eagerly and 3.1 traced. Inductor's wrapper is taken to be as quick, for want of a row that the host
+bounds. A CUDA graph is launched as one; a hundredth stands for that.
+"""
+GRAPH_S = 3.4
+"""Seconds that inductor takes for a graph, and ``WRITTEN_KERNEL_S`` for each kernel that it writes.
+
+FLUX.1-dev on an H100: 67.4 s for the transformer in one graph, 9.6 s for its two kinds of blocks;
+https://docs.pytorch.org/devlogs/inductor/2026-05-11-torch-compile-and-diffusers. Two figures for
+two constants; they give 70 s for SDXL's UNet, for which 40 to 90 s are reported. With cold caches,
+on a server; what ``max-autotune`` tries out comes on top and is not known.
+"""
+WRITTEN_KERNEL_S = 0.18
 PIPELINE_FILL = 67.0
 """Reduction length that filling a matrix kernel's pipeline costs: work grows by 1 + this / K."""
 TILE = 128
@@ -133,6 +155,9 @@ NINETIETH_PERCENTILE_ERROR = 0.30
 """|predicted / real - 1| of nine in ten predictions for a GPU and a pipeline that were not fitted
 (one source left out: median 0.14, ninetieth percentile 0.30). A prediction's range is this wide."""
 
+LIBRARY_KINDS = ("conv", "gemm", "attention")
+"""Kinds of kernels that no compiler writes."""
+
 _HALF = ("float16", "bfloat16")
 
 
@@ -142,7 +167,8 @@ class RoutineCost:
 
     gpu_s: float
     """Sum over the launches, as if the host were infinitely fast."""
-    num_launches: int
+    num_launches: float
+    """By what they cost the host, in launches from a module's Python."""
     flops: int
     num_bytes: int
 
@@ -213,6 +239,11 @@ def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> i
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return MATH_ATTENTION_LAUNCHES + kernel.masked
     return 2 if kernel.kind == "norm" and "group_norm" in kernel.name else 1
+
+
+def host_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> float:
+    """Return what issuing *kernel* costs the host, in launches from a module's Python."""
+    return num_launches(kernel, gpu, attention) * LAUNCHER_SHARE[kernel.launcher]
 
 
 def kernel_flops(kernel: Kernel) -> int:
@@ -353,12 +384,18 @@ def _memory_s(num_bytes: float, gpu: Gpu) -> float:
 
 
 def _layout_copies_s(kernel: Kernel, gpu: Gpu) -> float:
-    """16-bit convolution kernels are channels-last: cuDNN turns everything around, and back."""
+    """16-bit convolution kernels are channels-last: cuDNN turns everything around, and back.
+
+    Inductor keeps what it makes itself in channels_last, and turns weights, which it is given
+    (``decide_layout_opt`` in torch/_inductor/graph.py, 2.13).
+    """
     if kernel.kind != "conv" or kernel.dtype not in _HALF or kernel.channels_last:
         return 0.0
     if gpu.compute_capability is None or gpu.compute_capability < (7, 0):
         return 0.0  # no tensor cores, no channels-last kernels
-    sizes = (kernel.input_bytes, kernel.output_bytes, kernel.weight_bytes)
+    sizes: tuple[int, ...] = (kernel.input_bytes, kernel.output_bytes, kernel.weight_bytes)
+    if kernel.launcher in ("compiled", "captured"):
+        sizes = (kernel.weight_bytes,)
     return sum(_memory_s(2 * size, gpu) for size in sizes)
 
 
@@ -520,6 +557,24 @@ class LatencyModel:
                 for event in self.workload.routines[routine].events
             )
         return found
+
+    def compiling_seconds(self, routines: Iterable[int]) -> float:
+        """Return what compiling costs the first call of *routines*; equal graphs are made once."""
+        graphs: set[tuple[str, tuple[Kernel, ...]]] = set()
+        seen: set[int] = set()
+        waiting = list(routines)
+        while waiting:
+            number = waiting.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            routine = self.workload.routines[number]
+            kernels = tuple(self.workload.kernels[e[1]] for e in routine.events if e[0] == "k")
+            if any(kernel.launcher in ("compiled", "captured") for kernel in kernels):
+                graphs.add((routine.module_class, kernels))
+            waiting += [event[1] for event in routine.events if event[0] == "c"]
+        num_written = sum(k.kind not in LIBRARY_KINDS for _, kernels in graphs for k in kernels)
+        return GRAPH_S * len(graphs) + WRITTEN_KERNEL_S * num_written
 
     def own_seconds(self) -> float:
         """Return the time of the pipeline's own kernels between its component calls."""
@@ -799,7 +854,7 @@ class LatencyModel:
             kernel = self.workload.kernels[index]
             self._kernels[key] = RoutineCost(
                 gpu_s=kernel_seconds(kernel, self.gpu, attention, self.flags),
-                num_launches=num_launches(kernel, self.gpu, attention),
+                num_launches=host_launches(kernel, self.gpu, attention),
                 flops=kernel_flops(kernel),
                 num_bytes=int(_bytes(kernel)),
             )

@@ -17,7 +17,12 @@ from typing import NamedTuple
 
 from pipefit.cost_models.allocator import Block, CachingAllocator
 from pipefit.cost_models.clock import GROUP_HOOK_S, TO_GPU, Clock
-from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
+from pipefit.cost_models.latency import (
+    LAUNCHER_SHARE,
+    kernel_seconds,
+    launch_seconds,
+    num_launches,
+)
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -490,7 +495,8 @@ class Replay:
             launches = num_launches(found, self._gpu)
             each_s = kernel_seconds(found, self._gpu) / launches
             cost = self._costs[kernel] = launches, each_s
-        clock.launch(cost[0], host_s=self._launch_s, gpu_s=cost[1])
+        host_s = self._launch_s * LAUNCHER_SHARE[found.launcher]
+        clock.launch(cost[0], host_s=host_s, gpu_s=cost[1])
 
     def _events_of(self, index: int) -> int:
         """Return how many events a call of this routine expands to."""

@@ -42,6 +42,10 @@ CallOrder = tuple[tuple[str, tuple[str, ...]], ...]
 
 KernelKind = Literal["conv", "gemm", "attention", "norm", "elementwise", "copy", "index", "reduce"]
 
+Launcher = Literal["eager", "traced", "compiled", "captured"]
+"""What the host does to launch a kernel: run a module's Python (``eager``), TorchScript's
+interpreter, inductor's wrapper, or once for a whole CUDA graph (``captured``)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
@@ -73,6 +77,7 @@ class Kernel:
     """conv: the input needs no copy before the library sees it (findings 4.1, last sentence)."""
     masked: bool = False
     """attention: a mask or bias tensor is given."""
+    launcher: Launcher = "eager"
 
 
 SYNCHRONISE = Kernel(kind="copy", name="synchronise", dtype="", read_bytes=0, write_bytes=0)

@@ -51,6 +51,7 @@ def auto_optimize(
     dry_run: bool = False,
     with_: Strategies = (),
     without: Sequence[str] = (),
+    compile: bool = False,
     ram: str | int | float | None = None,
     rehearse: bool | None = None,
     progress: Progress | None = None,
@@ -66,6 +67,7 @@ def auto_optimize(
         device: the GPU, as torch names it; None: the first. ``"cpu"`` lets the CPU stand for it.
         dry_run: return the :class:`Plan` and touch nothing.
         with_, without: strategies that the plan must or must not use.
+        compile: allow strategies that compile, whose first call takes up to minutes.
         ram: bound on host RAM.
         rehearse: check the predicted peaks by executing the plan on a virtual GPU, and take the
             next candidate where the budget would be broken. None: where it takes 5 s at most.
@@ -90,6 +92,7 @@ def auto_optimize(
         ram=ram,
         with_=with_,
         without=without,
+        compile=compile,
         rehearse=rehearse,
         progress=progress,
     )
@@ -107,6 +110,7 @@ def plan(
     ram: str | int | float | None = None,
     with_: Strategies = (),
     without: Sequence[str] = (),
+    compile: bool = False,
     rehearse: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -115,11 +119,11 @@ def plan(
     *machine* is this one unless given (:func:`pipefit.planner.catalog.reference_machine` makes
     others). *dtype* is the load dtype of a name or folder, of all components or by component.
 
-    *rehearse* and the errors are as in :func:`auto_optimize`. What a rehearsal held is in
-    ``Plan.rehearsal``, and what it refuted among the alternatives.
+    *compile*, *rehearse* and the errors are as in :func:`auto_optimize`. What a rehearsal held is
+    in ``Plan.rehearsal``, and what it refuted among the alternatives.
     """
     machine = probe() if machine is None else machine
-    policy = _policy(vram_budget, machine, quality, ram, with_, without)
+    policy = _policy(vram_budget, machine, quality, ram, with_, without, compile)
     device = min(policy.budget_bytes)
     gpu = next(g for g in machine.gpus if g.index == device)
 
@@ -373,6 +377,7 @@ def _policy(
     ram: str | int | float | None,
     with_: Strategies,
     without: Sequence[str],
+    compile_allowed: bool,
 ) -> Policy:
     names = [s.name for s in BUILT_IN]
     unwanted = [without] if isinstance(without, str) else without
@@ -397,6 +402,7 @@ def _policy(
         quality=level,
         required=required,
         forbidden=forbidden,
+        compile_allowed=compile_allowed,
         notes=(*budget_notes(budget, machine), *_single_gpu_notes(budgets)),
     )
 

@@ -78,6 +78,9 @@ With = Annotated[
 Without = Annotated[
     list[str] | None, typer.Option("--without", metavar="STRATEGY", help="Never use it.")
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Allow compiling: the first call takes up to minutes.")
+]
 Rehearse = Annotated[
     bool | None,
     typer.Option(
@@ -127,6 +130,7 @@ def plan(
     quality: QualityLevel = "high",
     with_: With = None,
     without: Without = None,
+    compile: Compile = False,
     rehearse: Rehearse = None,
     as_json: AsJson = False,
     out: Out = None,
@@ -139,7 +143,14 @@ def plan(
     from pipefit.planner.report import plan_report
 
     with _quiet_output(), _progress_bar() as progress:
-        found = api.plan(pipeline, machine=machine, rehearse=rehearse, progress=progress, **request)
+        found = api.plan(
+            pipeline,
+            machine=machine,
+            compile=compile,
+            rehearse=rehearse,
+            progress=progress,
+            **request,
+        )
     _answer(found.to_json(), plan_report(found), as_json=as_json, out=out)
 
 
@@ -215,6 +226,7 @@ def run(
     quality: QualityLevel = "high",
     with_: With = None,
     without: Without = None,
+    compile: Compile = False,
     rehearse: Rehearse = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
     device: Annotated[
@@ -235,7 +247,13 @@ def run(
 
     with _quiet_output():
         done = run_pipeline(
-            pipeline, out=out, seed=seed, device=device, rehearse=rehearse, **request
+            pipeline,
+            out=out,
+            seed=seed,
+            device=device,
+            compile=compile,
+            rehearse=rehearse,
+            **request,
         )
     files = [str(file) for file in done.files]
     if not as_json:

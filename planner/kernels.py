@@ -80,7 +80,7 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
         for o in (out if isinstance(out, (tuple, list)) else (out,))
         if isinstance(o, torch.Tensor)
     ]
-    inputs = list(_unique_tensors([*args, *kwargs.values()]))
+    inputs = list(unique_tensors([*args, *kwargs.values()]))
     kind = _KIND_BY_NAME.get(name, "elementwise")
     first = outs[0] if outs else inputs[0]
     shape: tuple[int, ...] = tuple(first.shape)
@@ -101,15 +101,15 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
             (inputs[0] if kind in ("conv", "gemm", "attention") else first).dtype
         ).removeprefix("torch."),
         read_bytes=sum(
-            _bytes(t) for t in inputs if not (name in ("copy_", "fill_") and t is args[0])
+            tensor_bytes(t) for t in inputs if not (name in ("copy_", "fill_") and t is args[0])
         ),
-        write_bytes=sum(_bytes(o) for o in outs),
+        write_bytes=sum(tensor_bytes(o) for o in outs),
         shape=shape,
         **facts,
     )
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def tensor_bytes(tensor: torch.Tensor) -> int:
     """Real bytes: a dimension that a broadcast repeats (stride 0) is read once."""
     elements = math.prod(
         size
@@ -119,14 +119,14 @@ def _bytes(tensor: torch.Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def _unique_tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+def unique_tensors(values: Sequence[Any]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             if not any(value is f for f in found):
                 found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += [t for t in _unique_tensors(value) if not any(t is f for f in found)]
+            found += [t for t in unique_tensors(value) if not any(t is f for f in found)]
     return found
 
 
@@ -166,7 +166,7 @@ def _gemm(name: str, args: Sequence[Any]) -> tuple[tuple[int, ...], dict[str, An
     left, right = (args[1], args[2]) if name in ("addmm", "baddbmm") else (args[0], args[1])
     batch = left.shape[0] if left.dim() == 3 else 1
     shape = (batch, left.shape[-2], right.shape[-1], left.shape[-1])
-    return tuple(int(s) for s in shape), {"weight_bytes": _bytes(right)}
+    return tuple(int(s) for s in shape), {"weight_bytes": tensor_bytes(right)}
 
 
 def _attention(args: Sequence[Any]) -> tuple[tuple[int, ...], dict[str, Any]]:

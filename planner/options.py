@@ -32,7 +32,7 @@ from pipefit.cost_models.prediction import (
     Prediction,
 )
 from pipefit.cost_models.residency import model_offload_residency
-from pipefit.cost_models.units import format_bytes
+from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
@@ -40,7 +40,8 @@ from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Candidate, Problem, S
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
-from pipefit.strategies.strategy import Option, Quality, Strategy
+from pipefit.strategies.live import CAPTURING_MODES
+from pipefit.strategies.strategy import Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
@@ -95,6 +96,8 @@ def _combinations(
         required = _required(policy, one, component)
         if required:
             axes.append([(one.name, option.parameters) for option in required])
+            continue
+        if isinstance(one, Consented) and not policy.compile_allowed:
             continue
         offered = one.options(component, workload, gpu)
         if offered:
@@ -413,15 +416,17 @@ class Pricing:
         # Model offload moves a component once, however many phases it has: charged to the first.
         first = next(p for p in self.workload.phases if p.component == phase.component)
         moves = phase == first
+        counts = self._routines(phase, choice)
         time = self.latency.placement_seconds(
             component,
-            list(self._routines(phase, choice).items()),
+            list(counts.items()),
             choice.placement,
             attention=attention,
             num_onloads=self._residency.onloads.get(component.name, 0) if moves else 0,
             num_offloads=self._residency.offloads.get(component.name, 0) if moves else 0,
         )
-        return time.call_s, time.first_call_s, time.low_s, time.high_s
+        compiling_s = self.latency.compiling_seconds(counts) if choice.variant else 0.0
+        return time.call_s, time.first_call_s + compiling_s, time.low_s, time.high_s
 
     def _routines(self, phase: Phase, choice: Choice) -> dict[int, int]:
         """Return the routines that the calls of *phase* run, and how often each."""
@@ -485,6 +490,12 @@ class Pricing:
             [phase.component for phase in self.workload.phases],
             stored_bytes=self._stored_bytes(),
         )
+        compiled = {
+            str(option.component): option.parameters
+            for pick in picks.values()
+            for option in (pick.options if pick else ())
+            if option.strategy == "compile"
+        }
         worst = max(peaks, key=lambda p: p.promised_bytes)
         loading_bytes = self.memory.loading_bytes()
         process_bytes = max(loading_bytes + worst.context_bytes, *(p.process_bytes for p in peaks))
@@ -512,6 +523,7 @@ class Pricing:
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
+                *_compiling_notes(compiled, first_s - call_s),
                 *_loading_notes(loading_bytes),
                 *([TRIALS_NOTE] if self.latency.flags.cudnn_benchmark else ()),
                 *_host_notes(host),
@@ -575,6 +587,22 @@ def _stock_way(placement: Placement) -> str:
     if isinstance(placement, GroupOffload):
         placement = replace(placement, block_modules=())
     return repr(placement)
+
+
+def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -> tuple[str, ...]:
+    if not compiled:
+        return ()
+    names = " and ".join(compiled)
+    notes = [
+        f"The first call compiles {names}: {format_seconds(more_s)} more with nothing cached.",
+        "Memory is predicted as without compiling; published peaks were up to 4 % higher.",
+    ]
+    modes = {str(parameters.get("mode")) for parameters in compiled.values()}
+    if any(mode.startswith("max-autotune") for mode in modes):
+        notes.append("How long max-autotune tries kernels out is not known and comes on top.")
+    if modes.intersection(CAPTURING_MODES):
+        notes.append("CUDA graphs keep a memory pool of their own, which is not counted.")
+    return tuple(notes)
 
 
 def _loading_notes(loading_bytes: int) -> tuple[str, ...]:

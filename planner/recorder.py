@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from pipefit.cost_models.workload import SYNCHRONISE, Kernel, Routine
-from pipefit.planner.kernels import kernel_of
+from pipefit.cost_models.fusion import Operator, graph_steps
+from pipefit.cost_models.workload import SYNCHRONISE, Kernel, Launcher, Routine
+from pipefit.planner.kernels import kernel_of, tensor_bytes, unique_tensors
 from pipefit.planner.signatures import (
     GPU,
     Given,
@@ -45,6 +46,7 @@ from pipefit.planner.virtual_tensors import (
     VirtualTensor,
     buffer_of,
 )
+from pipefit.strategies.live import COMPILED, launcher_of
 
 ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
 """Methods besides ``forward`` by which pipelines enter a component."""
@@ -66,8 +68,8 @@ class _Frame:
     """One module call while it runs."""
 
     __slots__ = (
-        "alloc_events", "entry", "events", "live", "module", "next", "outside", "path",
-        "remember", "value_read", "written",
+        "alloc_events", "entry", "events", "launcher", "live", "module", "next", "others",
+        "outside", "path", "remember", "value_read", "written",
     )  # fmt: skip
 
     def __init__(self, module: Any, path: str, entry: str) -> None:
@@ -82,6 +84,21 @@ class _Frame:
         self.written: set[int] = set()
         self.value_read = False
         self.remember = True
+        self.launcher: Launcher = "eager"
+        """Anything else: the call is one graph, and launches say what they read and write."""
+        self.others: dict[int, int] = {}
+
+    def touched(self, values: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+        """Return (buffer, bytes of it) of the GPU's tensors in *values*, as an Operator has it."""
+        found = []
+        for tensor in unique_tensors(values):
+            if tensor.is_cuda:
+                buffer = buffer_of(tensor)
+                number = buffer.number
+                if buffer.owner is not self:
+                    number = -1 - self.others.setdefault(id(buffer), len(self.others))
+                found.append((number, tensor_bytes(tensor)))
+        return tuple(found)
 
     def let_go(self, number: int) -> None:
         """One of its buffers is freed."""
@@ -217,8 +234,14 @@ class Recorder(Observer):
             if kernel is not None:
                 kernel = ("k", self.kernels.setdefault(kernel, len(self.kernels)))
             event = launch.kernel = kernel
-        if event is not None:
-            self.stack[-1].events.append(event)
+        if event is None:
+            return
+        frame = self.stack[-1]
+        if frame.launcher == "eager":
+            frame.events.append(event)
+        else:
+            given = (*args, *kwargs.values())
+            frame.events.append((*event, frame.touched(given), frame.touched((out,))))
 
     def value_read(self, known: bool, func: Any) -> None:
         if not self.stack:
@@ -248,6 +271,8 @@ class Recorder(Observer):
         if path is None or not self.stack or threading.get_ident() != self._thread:
             return function(*args, **kwargs)
         caller = self.stack[-1]
+        if caller.launcher != "eager":
+            return function(*args, **kwargs)  # one graph, in which there are no modules
         if self._changed_components and caller is self.root:
             self._notice_changed_weights(path.split(".")[0])
         structure = self._kind(module, entry) if self.remember else None
@@ -263,6 +288,8 @@ class Recorder(Observer):
         is_entry = caller is self.root and "." not in path
         repeatable = (kept_argument(args), kept_argument(kwargs)) if is_entry else None
         frame = _Frame(module, path, entry)
+        if entry == "forward":
+            frame.launcher = self._launcher_of(module)
         attributes = module.__dict__.copy()
         self.stack.append(frame)
         try:
@@ -322,6 +349,8 @@ class Recorder(Observer):
 
     def _close(self, frame: _Frame, caller: _Frame) -> int:
         """Write *frame* down as a routine and its call into *caller*; hand over what is alive."""
+        if frame.launcher != "eager":
+            frame.events = self._graph_events(frame)
         returned, returns = [], []
         for number, ref in frame.live.items():
             buffer = ref()
@@ -344,6 +373,26 @@ class Recorder(Observer):
             self.routines.append(routine)
         self._note_call(caller, number, frame.path, tuple(returned), outside)
         return number
+
+    def _launcher_of(self, module: torch.nn.Module) -> Launcher:
+        """Return who launches the kernels of *module*."""
+        return launcher_of(module)
+
+    def _graph_events(self, frame: _Frame) -> list[Any]:
+        """Return what a graph in place of the call of *frame* does."""
+        kernels = list(self.kernels)
+        recorded = [
+            Operator(kernel=kernels[event[1]], reads=event[2], writes=event[3])
+            if len(event) == 4 and event[0] == "k"
+            else event
+            for event in frame.events
+        ]
+        return [
+            ("k", self.kernels.setdefault(step[1], len(self.kernels)))
+            if isinstance(step[1], Kernel)
+            else step
+            for step in graph_steps(recorded, frame.live, frame.launcher)
+        ]
 
     def _outside_number(self, caller: _Frame, owner: _Frame, number: int) -> int:
         """Say in *caller*'s terms which buffer a callee freed."""
@@ -433,6 +482,8 @@ class Recorder(Observer):
                     parts.append(tuple(children))
                     if any(self._has_hooks(m) for m in value.values()):
                         self._with_hooks_below.add(id(module))
+                elif name == COMPILED:
+                    parts.append((name, value is not None))  # a function for each module
                 elif name in _HOOKS:
                     pass  # hooks run around every call, remembered or not
                 elif isinstance(value, _Method):
@@ -513,18 +564,20 @@ Call = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
 def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[None]:
     """Route every module call and entry method of *components* through *call*."""
     original = torch.nn.Module.__call__
+    # Not torch.nn.Module.__call__, which runs what torch.compile made of a module.
+    uncompiled = torch.nn.Module._call_impl
 
     def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
         attributes = module.__dict__
         if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
-            return call(module, "forward", functools.partial(original, module), args, kwargs)
+            return call(module, "forward", functools.partial(uncompiled, module), args, kwargs)
         if isinstance(attributes.get("forward"), _Method):  # a call within its own call
-            return original(module, *args, **kwargs)
+            return uncompiled(module, *args, **kwargs)
         forward = _Method(call, module, "forward", module.forward)
         own = attributes.get("forward")
         attributes["forward"] = forward
         try:
-            return original(module, *args, **kwargs)
+            return uncompiled(module, *args, **kwargs)
         finally:
             if own is None:
                 del attributes["forward"]

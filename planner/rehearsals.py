@@ -27,7 +27,8 @@ from pipefit.planner.decide import Configuration
 from pipefit.planner.plan import Rehearsal, Rehearsed, RehearsedPeak
 from pipefit.planner.trace_cache import remembered, whole_code_version
 from pipefit.planner.workloads import Progress, Source, described_call
-from pipefit.strategies.strategy import Option
+from pipefit.strategies import strategy
+from pipefit.strategies.strategy import Consented, Option
 
 REHEARSED_STEPS = 3
 """Denoising steps of a rehearsed call: streamed group offload records the order of its groups in
@@ -118,6 +119,9 @@ class Rehearser:
             ApplyFailed, TraceError, InvalidRequest, UnsupportedPipeline: the rehearsal was asked
                 for, and fails.
         """
+        for option in found.options:
+            if isinstance(strategy(option.strategy), Consented):
+                return f"no virtual GPU executes what {option.strategy} makes of {option.component}"
         expected_s = estimated_s(found)
         if not self.is_asked_for and expected_s > QUICK_S:
             return f"would take about {format_seconds(round(expected_s))}; `pipefit verify` does it"

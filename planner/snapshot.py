@@ -14,6 +14,7 @@ import torch
 
 from pipefit.strategies.live import (
     CHUNKING_ATTRIBUTES,
+    COMPILED,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     hooks_of,
@@ -43,6 +44,7 @@ def snapshot(pipe: Any, *, with_values: bool = False) -> Snapshot:
         for path, part in module.named_modules(prefix=name):
             found[f"{path} forward"] = vars(part).get("forward")
             found[f"{path} own"] = {key: vars(part)[key] for key in OWN if key in vars(part)}
+            found[f"{path} compiled"] = vars(part).get(COMPILED)
             processor = getattr(part, "processor", None)
             found[f"{path} processor"] = (processor, getattr(processor, "_attention_backend", None))
         first_path: dict[int, str] = {}

@@ -37,6 +37,7 @@ from pipefit.cost_models.transfers import (
     pin_bytes_per_s,
 )
 from pipefit.cost_models.units import GIB, MIB
+from pipefit.cost_models.workload import Launcher
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 from pipefit.planner.kernels import kernel_of
 from pipefit.planner.plan import Copies, Rehearsal, RehearsedPhase
@@ -274,6 +275,9 @@ class Stage(Recorder):
             )
 
     # -- kernels and copies
+
+    def _launcher_of(self, module: torch.nn.Module) -> Launcher:
+        return "eager"  # operators are executed here, whatever a compiler would make of them
 
     def launched(
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any

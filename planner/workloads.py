@@ -280,6 +280,7 @@ def _trace(
         "quality": policy.quality.value,
         "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
         "forbidden": sorted(n for n in policy.forbidden if strategy(n).kind != "process"),
+        "compile_allowed": policy.compile_allowed,
     }
     return cached_trace(json.loads(json.dumps(key, default=str)), make)
 

@@ -8,11 +8,13 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.compile import Compile
 from pipefit.strategies.cudnn_benchmark import CudnnBenchmark
 from pipefit.strategies.decode_chunks import DecodeChunks
 from pipefit.strategies.feed_forward_chunking import FeedForwardChunking
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.guidance_split import GuidanceSplit
+from pipefit.strategies.jit_trace import JitTrace
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
@@ -38,11 +40,13 @@ BUILT_IN: tuple[Strategy, ...] = (
     VaeSlicing(),
     VaeTiling(),
     DecodeChunks(),
+    JitTrace(),
     GroupOffload(),
     Resident(),
     Streaming(),
     ModelOffload(),
     SequentialOffload(),
+    Compile(),
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 

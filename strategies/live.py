@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
+from pipefit.cost_models.workload import Launcher
 from pipefit.errors import UnsupportedPipeline
 
 Restore = Callable[[], None]
@@ -41,6 +42,16 @@ GROUP_OFFLOADING_HOOKS = (
     "lazy_prefetch_group_offloading",
 )
 """Names under which diffusers 0.42 registers group offloading (hooks/group_offloading.py)."""
+
+COMPILED = "_compiled_call_impl"
+"""Attribute in which torch 2.13 keeps what ``Module.compile`` makes of a module."""
+
+COMPILE_MODE = "_pipefit_compile_mode"
+"""Attribute in which the strategy ``compile`` notes its mode, which torch keeps out of sight."""
+
+CAPTURING_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of ``torch.compile`` that replay CUDA graphs (``list_mode_options`` in
+torch/_inductor/__init__.py, 2.13)."""
 
 LAYERWISE_CASTING_HOOK = "layerwise_casting"
 """The same for layerwise casting (hooks/layerwise_casting.py)."""
@@ -198,6 +209,20 @@ def read_back_groups(module: Any) -> None:
             weights = load_file(hook.group.safetensors_file_path)
             for key, tensor in hook.group.key_to_tensor.items():
                 tensor.data = weights[key]
+
+
+def launcher_of(module: Any) -> Launcher:
+    """Return who launches the kernels of a call of *module*: Python, or a graph made of it."""
+    own = vars(module)
+    if own.get(COMPILED) is not None:
+        return "captured" if own.get(COMPILE_MODE) in CAPTURING_MODES else "compiled"
+    return "traced" if getattr(own.get("forward"), "is_jit_trace", False) else "eager"
+
+
+def repeated_blocks(module: Any) -> list[Any]:
+    """Return the parts of *module* that ``compile_repeated_blocks`` of diffusers 0.42 compiles."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def wanted_in_float32(module: Any) -> tuple[str, ...]:

@@ -105,6 +105,19 @@ class Choosy(Protocol):
 
 
 @runtime_checkable
+class Consented(Protocol):
+    """A strategy that no search chooses unless the policy allows it; to ask for it is to allow it.
+
+    No virtual GPU executes what it makes, so plans with it are not rehearsed.
+    """
+
+    @property
+    def consent(self) -> Literal["compile"]:
+        """What the policy has to allow."""
+        ...
+
+
+@runtime_checkable
 class Imitated(Protocol):
     """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
 
