@@ -8,6 +8,7 @@ budget, quality ──▶ Policy     ┘                                     ▲
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
-from pipefit.planner.options import Pricing, check_required, plan_options
+from pipefit.planner.options import Pricing, Shared, check_required, plan_options
 from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
     BudgetRequest,
@@ -32,7 +33,7 @@ from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
 from pipefit.planner.workloads import Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
-from pipefit.strategies.strategy import Imitated, Option, Quality
+from pipefit.strategies.strategy import Option, Quality
 
 if TYPE_CHECKING:
     from pipefit.planner.apply import Applied
@@ -123,10 +124,30 @@ def plan(
     device = min(policy.budget_bytes)
     gpu = next(g for g in machine.gpus if g.index == device)
 
-    def pricings(at: Policy) -> list[Pricing]:
-        seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
-        check_required(seen[0].workload, at)
-        return [Pricing(s.workload, gpu, load_options=s.load_options) for s in seen]
+    shared: Shared = {}
+
+    def pricings(at: Policy, remembered_only: bool = False) -> list[Pricing]:
+        seen = observe(
+            pipe_or_name,
+            call,
+            gpu=gpu,
+            policy=at,
+            dtype=dtype,
+            progress=progress,
+            remembered_only=remembered_only,
+        )
+        if seen:
+            check_required(seen[0].workload, at)
+        return [
+            Pricing(
+                s.workload,
+                gpu,
+                load_options=s.load_options,
+                held_bytes=s.held_bytes,
+                shared=shared,
+            )
+            for s in seen
+        ]
 
     return decide(
         pricings(policy),
@@ -134,7 +155,7 @@ def plan(
         machine=machine,
         device=device,
         lower=[
-            (level, pricings(replace(policy, quality=level)))
+            (level, functools.partial(pricings, replace(policy, quality=level)))
             for level in _lower_levels(policy.quality)
         ],
         extra_ram_bytes=_weights_in_ram_bytes(pipe_or_name),
@@ -399,9 +420,8 @@ def _single_gpu_notes(budgets: Mapping[int, int]) -> tuple[str, ...]:
 
 
 def _lower_levels(quality: Quality) -> list[Quality]:
-    """Return the lower levels at which some strategy is offered to the search."""
-    reached = {s.quality.rank for s in BUILT_IN if not isinstance(s, Imitated)}
-    return [level for level in Quality if level.rank > quality.rank and level.rank in reached]
+    """Return the levels below, the next one first; at each some strategy is offered."""
+    return [level for level in Quality if level.rank > quality.rank]
 
 
 def _weights_in_ram_bytes(subject: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
@@ -37,6 +37,10 @@ from pipefit.strategies.strategy import Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
+
+Shared: TypeAlias = dict[object, list[Candidate]]
+"""Candidates of the pricings of one request: what stores one component in fewer bits changes no
+other's, and most of the time of a pricing goes to one component."""
 
 MIXED = "mixed"
 """The problem in which every component chooses its own placement."""
@@ -78,6 +82,11 @@ def _combinations(
             must = bool(component.traits.get("must_tile")) and one.name == "vae_tiling"
             axes.append([*([] if must else [None]), *((one.name, p) for p in offered)])
     return [dict(p for p in combination if p) for combination in itertools.product(*axes)]
+
+
+def computing(policy: Policy) -> list[str]:
+    """Return the names of the strategies whose variants *policy* has traced."""
+    return [one.name for one in _allowed("compute", policy)]
 
 
 def _allowed(kind: str, policy: Policy) -> list[Strategy]:
@@ -171,12 +180,20 @@ class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
     def __init__(
-        self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()
+        self,
+        workload: Workload,
+        gpu: Gpu,
+        *,
+        load_options: Sequence[Option] = (),
+        held_bytes: Mapping[str, int] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
-        """Options that made this workload out of the user's pipeline: a cast."""
+        """Options that made this workload out of the user's pipeline: a cast, fewer bits."""
+        self._held_bytes = held_bytes or {}
+        self._shared = {} if shared is None else shared
         self.memory = MemoryModel(workload, gpu)
         self.latency = LatencyModel(workload, gpu)
         self._residency = model_offload_residency(workload)
@@ -255,14 +272,34 @@ class Pricing:
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
-        combinations = _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
-        return [
-            self._candidate(component, option, placement, parts)
-            for option, placement in placements
-            for parts in combinations
-            if not parts or variant_key(component.name, parts) in self.workload.variants
-            if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
+        casts = [
+            (o.component, o.parameters) for o in self.load_options if o.strategy == "precision"
         ]
+        loaded = [o for o in self.load_options if o.component == component.name]
+        key = repr(
+            (
+                component.name,
+                [(o.strategy, o.parameters) for o in loaded],
+                casts,  # one component's cast changes what others are given
+                list(dict.fromkeys(option.strategy for option, _ in placements)),
+                computing(policy),
+            )
+        )
+        if key not in self._shared:
+            combinations = (
+                _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
+            )
+            self._shared[key] = [
+                self._candidate(component, option, placement, parts)
+                for option, placement in placements
+                for parts in combinations
+                if not parts or variant_key(component.name, parts) in self.workload.variants
+                if not conflict_of(
+                    [option, *loaded, *(Option(strategy=n, parameters=parts[n]) for n in parts)]
+                )
+            ]
+        rank = max((option_quality(o).rank for o in self.load_options), default=0)
+        return [replace(c, quality_rank=max(c.quality_rank, rank)) for c in self._shared[key]]
 
     def _unused(self, component: Component) -> Candidate:
         """Return the candidate of a component that the call never enters: it stays where it is."""
@@ -294,9 +331,11 @@ class Pricing:
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
-            host_bytes=host.pageable_bytes + host.pinned_bytes,
+            host_bytes=host.pageable_bytes
+            + host.pinned_bytes
+            + self._held_bytes.get(component.name, 0),
             pinned_bytes=host.pinned_bytes,
-            quality_rank=max(option_quality(o).rank for o in (*options, *self.load_options)),
+            quality_rank=max(option_quality(o).rank for o in options),
             num_strategies=len(counted),
             payload=Pick(choice=choice, options=options, attention=attention),
         )

@@ -59,3 +59,9 @@ def batch_of(component: Component, workload: Workload) -> int:
         if kernel.kind == "conv":
             return kernel.shape[0]
     return 1
+
+
+def is_called_by_forward(component: Component, workload: Workload) -> bool:
+    """Whether the call enters *component*, and never by another way, as it does autoencoders."""
+    entries = {phase.entry for phase in workload.phases if phase.component == component.name}
+    return entries == {"forward"}
