@@ -165,19 +165,6 @@ class Candidates:
         """
         return [p for p in self.problems if _loading_bytes(self._of[p.name][0]) <= budget_bytes]
 
-    def _least_bytes(self, limits: Limits) -> int | None:
-        """Return the least budget with which the search finds something, loading included."""
-        by_loading: dict[int, list[Problem]] = {}
-        for problem in self.problems:
-            loading_bytes = _loading_bytes(self._of[problem.name][0])
-            by_loading.setdefault(loading_bytes, []).append(problem)
-        least = [
-            max(loading_bytes, num_bytes)
-            for loading_bytes, problems in by_loading.items()
-            if (num_bytes := smallest_budget(problems, limits)) is not None
-        ]
-        return min(least, default=None)
-
     def rehearsed(self, found: Configuration, budget_bytes: int) -> Configuration:
         """Return *found* with its rehearsal in a process held to *budget_bytes*, if any is made."""
         if self._rehearse is None:
@@ -189,10 +176,31 @@ class Candidates:
 
         It is rehearsed where others are, if *is_checked*. None if host memory rules out all.
         """
-        least_bytes = self._least_bytes(limits)
+        ways: dict[int, list[Problem]] = {}
+        for problem in self.problems:
+            ways.setdefault(id(self._of[problem.name][0]), []).append(problem)
+        # What weights are stored in decides how far sums and replays are apart: each on its own.
+        found = [one for problems in ways.values() if (one := self._smallest(problems, limits))]
+        if not found:
+            return None
+        least, held_bytes = min(found, key=lambda one: one[0].promised_bytes)
+        if self._rehearse is None or not is_checked:
+            return least
+        for _ in range(MAX_REHEARSALS):
+            least = self.rehearsed(self.configure(least.selection, held_bytes), held_bytes)
+            if least.promised_bytes <= held_bytes:
+                break
+            held_bytes = least.promised_bytes
+        return least
+
+    def _smallest(
+        self, problems: Sequence[Problem], limits: Limits
+    ) -> tuple[Configuration, int] | None:
+        """Return the least of *problems*, all of one pricing, and the budget that it is held to."""
+        least_bytes = smallest_budget(problems, limits)
         if least_bytes is None:
             return None
-        selection = search(self.loadable(least_bytes), replace(limits, budget_bytes=least_bytes))
+        selection = search(problems, replace(limits, budget_bytes=least_bytes))
         assert selection is not None
         held_bytes = selection.peak_bytes
         for _ in range(MAX_REPLAYS):
@@ -200,14 +208,7 @@ class Candidates:
             if found.promised_bytes <= held_bytes:
                 break
             held_bytes = found.promised_bytes
-        if self._rehearse is None or not is_checked:
-            return found
-        for _ in range(MAX_REHEARSALS):
-            found = self.rehearsed(self.configure(selection, held_bytes), held_bytes)
-            if found.promised_bytes <= held_bytes:
-                break
-            held_bytes = found.promised_bytes
-        return found
+        return found, held_bytes
 
 
 def _loading_bytes(pricing: Pricing) -> int:

@@ -394,7 +394,10 @@ def _trace(
     def make() -> Workload:
         if remembered_only:
             raise _NotRemembered
-        after = " and ".join(dict.fromkeys(option.strategy for option in load_options))
+        on: dict[str, list[str]] = {}
+        for option in load_options:
+            on.setdefault(option.strategy, []).append(str(option.component))
+        after = " and ".join(f"{name} on {', '.join(parts)}" for name, parts in on.items())
         say(f"tracing {source.name}{f' after {after}' if after else ''} …")
         return _execute(source, call, gpu, policy, load_options)
 
