@@ -87,13 +87,15 @@ def observe(
     try:
         plain = traced(())
         asked = _asked(plain, policy)
-        casts = _offered(plain, gpu, policy)
+        casts = _offered("precision", plain, gpu, policy)
+        joined = _offered("fused_qkv", plain, gpu, policy)
         found = []
         for options in [asked, (*casts, *asked)] if casts else [asked]:
             workload = traced(options) if options else plain
             _check_offload(workload, options, policy)
             found.append(_observed(workload, options, plain, policy))
-        for stored in _storages(plain, gpu, policy, is_loaded=not source.is_ours):
+        storages = _storages(plain, gpu, policy, is_loaded=not source.is_ours)
+        for stored in [*([joined] if joined else []), *storages]:
             options = (*casts, *stored, *asked)
             workload = traced(options)
             if _meets(workload, options, policy):
@@ -140,6 +142,9 @@ def _observed(
 def _stored_reason(option: Option, before: Component, after: Component, policy: Policy) -> str:
     """Say what *option* makes of a component's weight, and what it needs; empty for a cast."""
     one = strategy(option.strategy)
+    if one.name == "fused_qkv":
+        more = format_bytes(after.weight_bytes - before.weight_bytes)
+        return f"Queries, keys and values in one launch, with {more} of joined weights."
     if not isinstance(one, Imitated):
         return ""
     is_asked = any(option.strategy == asked.strategy for asked in policy.required)
@@ -202,17 +207,14 @@ def _is_so_already(component: Component, option: Option) -> bool:
     )
 
 
-def _offered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
-    """Return the casts that the quality allows, of which none was asked for."""
+def _offered(name: str, workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+    """Return load strategy *name* on all that take it, if allowed and none was asked for."""
+    one = strategy(name)
     taken = {option.strategy for option in policy.required}
+    if name in taken or name in policy.forbidden or one.quality.rank > policy.quality.rank:
+        return ()
     return tuple(
-        Option(strategy=one.name, component=component.name, parameters=parameters)
-        for one in BUILT_IN
-        if one.kind == "load"
-        and not isinstance(one, Imitated)
-        and one.name not in taken
-        and one.name not in policy.forbidden
-        and one.quality.rank <= policy.quality.rank
+        Option(strategy=name, component=component.name, parameters=parameters)
         for component in workload.components
         for parameters in list(one.options(component, workload, gpu))[:1]
     )

@@ -8,6 +8,7 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.fused_qkv import FusedQkv
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
@@ -22,6 +23,7 @@ from pipefit.strategies.vae_tiling import VaeTiling
 
 BUILT_IN: tuple[Strategy, ...] = (
     Precision(),
+    FusedQkv(),
     Quantization(),
     LayerwiseCasting(),
     ChannelsLast(),

@@ -58,6 +58,7 @@ SOME_STAY = {"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10}
 
 FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
+    "fused_qkv": ({},),
     "quantization": (
         {"backend": "torchao", "type": "int8_weight_only"},
         {"backend": "torchao", "type": "float8_weight_only"},
