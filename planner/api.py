@@ -126,18 +126,9 @@ def plan(
 
     shared: Shared = {}
 
-    def pricings(at: Policy, remembered_only: bool = False) -> list[Pricing]:
-        seen = observe(
-            pipe_or_name,
-            call,
-            gpu=gpu,
-            policy=at,
-            dtype=dtype,
-            progress=progress,
-            remembered_only=remembered_only,
-        )
-        if seen:
-            check_required(seen[0].workload, at)
+    def pricings(at: Policy) -> list[Pricing]:
+        seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
+        check_required(seen[0].workload, at)
         return [
             Pricing(
                 s.workload,

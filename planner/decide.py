@@ -86,8 +86,8 @@ Rehearse: TypeAlias = Callable[[Configuration, int], Rehearsed | str]
 """Rehearses a configuration in a process held to so many bytes; a text says why it does not."""
 
 
-Level: TypeAlias = Callable[[bool], Sequence[Pricing]]
-"""Prices all that a quality allows; told True, only if no pipeline has to be traced for it."""
+Level: TypeAlias = Callable[[], Sequence[Pricing]]
+"""Prices all that a quality allows, when it is wanted."""
 
 
 class Candidates:
@@ -287,10 +287,10 @@ def decide(
     """Return the best plan for *device*.
 
     *lower* are the next qualities, priced when they are wanted: what they could still do where
-    nothing fits, and what the next would gain. Below high, where weights are stored in ways that
-    are each a trace, the gain is said only if the cache has them. *extra_ram_bytes* is RAM that the
-    pipeline's weights hold already. *rehearse* checks what would be chosen; without it nothing is
-    rehearsed.
+    nothing fits, and what the next would gain. The latter is said up to quality high: below, each
+    way to store the weights is a trace and a pricing, and planning would take four times as long.
+    *extra_ram_bytes* is RAM that the pipeline's weights hold already. *rehearse* checks what would
+    be chosen; without it nothing is rehearsed.
 
     Raises:
         NoPlanFits: with the smallest budget that works at this quality and at the next.
@@ -348,7 +348,7 @@ def _nothing_fits(
     assert limits.budget_bytes is not None
     smallest: dict[str, int] = {}
     levels = [(policy.quality, candidates)]
-    levels += [(q, Candidates(price(False), replace(policy, quality=q))) for q, price in lower]
+    levels += [(q, Candidates(price(), replace(policy, quality=q))) for q, price in lower]
     for quality, level in levels:
         found = level.smallest(limits) if level.problems else None
         if found is not None:
@@ -453,10 +453,9 @@ def _next_gain(
     lower: Sequence[tuple[Quality, Level]],
 ) -> str:
     for quality, price in lower[:1]:
-        level = Candidates(
-            price(quality.rank > Quality.HIGH.rank), replace(policy, quality=quality)
-        )
-        other = level.best(limits) if level.problems else None
+        if quality.rank > Quality.HIGH.rank:
+            continue
+        other = Candidates(price(), replace(policy, quality=quality)).best(limits)
         if other is None:
             continue
         gain_s = best.selection.call_s - other.selection.call_s

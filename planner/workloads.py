@@ -39,10 +39,6 @@ MAX_ATTRIBUTE_DEPTH = 3
 """How deep attributes of a live module are followed when it is recognised again."""
 
 
-class _NotRemembered(Exception):
-    """A trace that is wanted from the cache alone is not there."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """A workload, and the options that turned the user's pipeline into it (a cast, a storage)."""
@@ -62,14 +58,12 @@ def observe(
     policy: Policy,
     dtype: Mapping[str, str] | str | None = None,
     progress: Progress | None = None,
-    remembered_only: bool = False,
 ) -> list[Observed]:
     """Return the workloads to plan with: as the pipeline is, in 16 bits where that is open, and
     in fewer where the quality allows it.
 
     What a load strategy is asked for is in all of them. *subject* is a live pipeline, a catalogue
-    name or a folder with ``model_index.json``. With *remembered_only* nothing is traced: if any of
-    the workloads is not in the cache, none is returned.
+    name or a folder with ``model_index.json``.
 
     Raises:
         UnknownName: for a name that is none of these, or an argument that the call does not take.
@@ -80,28 +74,27 @@ def observe(
     source = source_of(subject, dtype)
 
     def traced(options: Sequence[Option]) -> Workload:
-        return _trace(
-            source, call or {}, gpu, policy, options, say, remembered_only=remembered_only
-        )
+        return _trace(source, call or {}, gpu, policy, options, say)
 
-    try:
-        plain = traced(())
-        asked = _asked(plain, policy)
-        casts = _offered("precision", plain, gpu, policy)
-        joined = _offered("fused_qkv", plain, gpu, policy)
-        found = []
-        for options in [asked, (*casts, *asked)] if casts else [asked]:
-            workload = traced(options) if options else plain
-            _check_offload(workload, options, policy)
+    plain = traced(())
+    asked = _asked(plain, policy)
+    casts = _offered("precision", plain, gpu, policy)
+    joined = _offered("fused_qkv", plain, gpu, policy)
+    found = []
+    for options in [asked, (*casts, *asked)] if casts else [asked]:
+        workload = traced(options) if options else plain
+        _check_offload(workload, options, policy)
+        found.append(_observed(workload, options, plain, policy))
+    storages = _storages(plain, gpu, policy, is_loaded=not source.is_ours)
+    for stored in [*([joined] if joined else []), *storages]:
+        options = (*casts, *stored, *asked)
+        if any(
+            conflict_of([o for o in options if o.component == c.name]) for c in plain.components
+        ):
+            continue
+        workload = traced(options)
+        if _meets(workload, options, policy):
             found.append(_observed(workload, options, plain, policy))
-        storages = _storages(plain, gpu, policy, is_loaded=not source.is_ours)
-        for stored in [*([joined] if joined else []), *storages]:
-            options = (*casts, *stored, *asked)
-            workload = traced(options)
-            if _meets(workload, options, policy):
-                found.append(_observed(workload, options, plain, policy))
-    except _NotRemembered:
-        return []
     notes = _unoffered(plain, gpu, policy) if not source.is_ours else ()
     return [
         replace(
@@ -384,18 +377,10 @@ def _trace(
     policy: Policy,
     load_options: Sequence[Option],
     say: Progress,
-    *,
-    remembered_only: bool,
 ) -> Workload:
-    """Return the workload, from the cache where it is there.
-
-    Raises:
-        _NotRemembered: it is not there, and *remembered_only*.
-    """
+    """Return the workload, from the cache where it is there."""
 
     def make() -> Workload:
-        if remembered_only:
-            raise _NotRemembered
         on: dict[str, list[str]] = {}
         for option in load_options:
             on.setdefault(option.strategy, []).append(str(option.component))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,7 +15,6 @@ from pipefit.planner.catalog import reference_machine
 from pipefit.planner.options import Pricing, Shared
 from pipefit.planner.policy import Policy, parse_strategy_spec
 from pipefit.planner.probe import cpu_machine
-from pipefit.planner.trace_cache import FOLDER_VARIABLE
 from pipefit.planner.workloads import (
     _described,
     _meets,
@@ -205,33 +203,6 @@ def test_every_way_to_store_weights_is_one_workload() -> None:
         share = stored / seen[0].workload.component(name).weight_bytes
         assert f"{share:.2f} of" in reason
     assert set(whole.held_bytes) == set(four[:3])
-
-
-def test_what_is_wanted_from_the_cache_alone_is_never_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    gpu = cpu_machine().gpus[0]
-
-    policy = Policy(budget_bytes={gpu.index: gpu.total_bytes}, quality=Quality.BALANCED)
-    said: list[str] = []
-
-    def seen(*, remembered_only: bool) -> list[Any]:
-        return observe(
-            flux(),
-            small_call("flux"),
-            gpu=gpu,
-            policy=policy,
-            progress=said.append,
-            remembered_only=remembered_only,
-        )
-
-    assert seen(remembered_only=True) == []
-    assert not said
-    made = seen(remembered_only=False)
-    said.clear()
-    assert seen(remembered_only=True) == made
-    assert not said
 
 
 def test_candidates_that_pricings_share_are_what_each_would_find() -> None:

@@ -171,6 +171,18 @@ def test_it_is_offered_where_the_host_is_waited_for_and_predicted_to_win() -> No
     assert not FUSED.options(before, plain.workload, cpu)
 
 
+def test_it_is_not_offered_where_what_is_asked_for_rules_it_out() -> None:
+    name, quantised = "stable_diffusion_xl", {"backend": "torchao", "type": "int8_weight_only"}
+    policy = Policy(
+        budget_bytes={0: 8 << 30},
+        quality=Quality.BALANCED,
+        required=(Option(strategy="quantization", component="unet", parameters=quantised),),
+        forbidden=("precision",),
+    )
+    (only,) = observe(_built(name), small_call(name), gpu=ADA, policy=policy)
+    assert [(o.strategy, o.component) for o in only.load_options] == [("quantization", "unet")]
+
+
 def test_where_it_is_asked_for_every_workload_has_it() -> None:
     (only,) = _seen("fused_qkv")
     assert [(o.strategy, o.component) for o in only.load_options] == [("fused_qkv", "unet")]
