@@ -8,6 +8,7 @@ budget, quality ──▶ Policy     ┘                                     ▲
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,13 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
-from pipefit.planner.options import Pricing, check_required, plan_options, process_options
+from pipefit.planner.options import (
+    Pricing,
+    Shared,
+    check_required,
+    plan_options,
+    process_options,
+)
 from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
     BudgetRequest,
@@ -32,7 +39,7 @@ from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
 from pipefit.planner.workloads import Observed, Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
-from pipefit.strategies.strategy import Imitated, Option, Quality
+from pipefit.strategies.strategy import Option, Quality
 
 if TYPE_CHECKING:
     from pipefit.planner.apply import Applied
@@ -127,10 +134,12 @@ def plan(
     device = min(policy.budget_bytes)
     gpu = next(g for g in machine.gpus if g.index == device)
 
+    shared: Shared = {}
+
     def pricings(at: Policy) -> list[Pricing]:
         seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
         check_required(seen[0].workload, at)
-        return [_pricing(s, gpu, at) for s in seen]
+        return [_pricing(s, gpu, at, shared) for s in seen]
 
     return decide(
         pricings(policy),
@@ -138,7 +147,7 @@ def plan(
         machine=machine,
         device=device,
         lower=[
-            (level, pricings(replace(policy, quality=level)))
+            (level, functools.partial(pricings, replace(policy, quality=level)))
             for level in _lower_levels(policy.quality)
         ],
         extra_ram_bytes=_weights_in_ram_bytes(pipe_or_name),
@@ -197,11 +206,13 @@ def predict(
     )
 
 
-def _pricing(seen: Observed, gpu: Gpu, policy: Policy) -> Pricing:
+def _pricing(seen: Observed, gpu: Gpu, policy: Policy, shared: Shared | None = None) -> Pricing:
     return Pricing(
         seen.workload,
         gpu,
         load_options=seen.load_options,
+        held_bytes=seen.held_bytes,
+        shared=shared,
         process_options=process_options(seen.workload, gpu, policy),
     )
 
@@ -414,9 +425,8 @@ def _single_gpu_notes(budgets: Mapping[int, int]) -> tuple[str, ...]:
 
 
 def _lower_levels(quality: Quality) -> list[Quality]:
-    """Return the lower levels at which some strategy is offered to the search."""
-    reached = {s.quality.rank for s in BUILT_IN if not isinstance(s, Imitated)}
-    return [level for level in Quality if level.rank > quality.rank and level.rank in reached]
+    """Return the levels below, the next one first; at each some strategy is offered."""
+    return [level for level in Quality if level.rank > quality.rank]
 
 
 def _weights_in_ram_bytes(subject: Any) -> int:

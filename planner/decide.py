@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import PROCESS_BYTES
 from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.memory import PhaseMemory
@@ -67,9 +68,7 @@ class Configuration:
     @property
     def promised_bytes(self) -> int:
         """The largest phase with its slack, as a budget counts it, or what loading needs."""
-        loading_bytes = self.pricing.memory.loading_bytes()
-        context_bytes = max(peak.context_bytes for peak in self.peaks)
-        return max(*self.phase_bytes, loading_bytes + context_bytes if loading_bytes else 0)
+        return max(*self.phase_bytes, _loading_bytes(self.pricing))
 
     @property
     def slack_bytes(self) -> int:
@@ -87,6 +86,10 @@ Rehearse: TypeAlias = Callable[[Configuration, int], Rehearsed | str]
 """Rehearses a configuration in a process held to so many bytes; a text says why it does not."""
 
 
+Level: TypeAlias = Callable[[], Sequence[Pricing]]
+"""Prices all that a quality allows, when it is wanted."""
+
+
 class Candidates:
     """All problems of one request, searched together."""
 
@@ -98,10 +101,8 @@ class Candidates:
         """What kept the budget by its replay and broke it in its rehearsal."""
         self._of: dict[str, tuple[Pricing, Problem]] = {}
         for pricing in pricings:
-            loaded = " and ".join(dict.fromkeys(o.strategy for o in pricing.load_options))
-            after = f" after {loaded}" if loaded else ""
             for problem in pricing.problems(policy):
-                named = replace(problem, name=f"{problem.name}{after}")
+                named = replace(problem, name=f"{problem.name}{_after(pricing.load_options)}")
                 self._of[named.name] = (pricing, named)
         self.problems = [problem for _, problem in self._of.values()]
         self._replayed: dict[tuple[object, ...], Configuration] = {}
@@ -131,7 +132,7 @@ class Candidates:
         """
         budget_bytes = limits.budget_bytes
         assert budget_bytes is not None
-        problems = {problem.name: problem for problem in self.problems}
+        problems = {problem.name: problem for problem in self.loadable(budget_bytes)}
         for _ in range(MAX_REPLAYS):
             selection = search(list(problems.values()), limits)
             if selection is None:
@@ -156,6 +157,14 @@ class Candidates:
             self.refuted.append(smallest)
         return None
 
+    def loadable(self, budget_bytes: int) -> list[Problem]:
+        """Return the problems whose weights can be loaded within *budget_bytes*.
+
+        What is quantised on the GPU is there together before anything is placed, so no selection
+        can do about it.
+        """
+        return [p for p in self.problems if _loading_bytes(self._of[p.name][0]) <= budget_bytes]
+
     def rehearsed(self, found: Configuration, budget_bytes: int) -> Configuration:
         """Return *found* with its rehearsal in a process held to *budget_bytes*, if any is made."""
         if self._rehearse is None:
@@ -167,26 +176,56 @@ class Candidates:
 
         It is rehearsed where others are, if *is_checked*. None if host memory rules out all.
         """
-        least = smallest_budget(self.problems, limits) if self.problems else None
-        selection = (
-            None if least is None else search(self.problems, replace(limits, budget_bytes=least))
-        )
-        if selection is None:
+        ways: dict[int, list[Problem]] = {}
+        for problem in self.problems:
+            ways.setdefault(id(self._of[problem.name][0]), []).append(problem)
+        # What weights are stored in decides how far sums and replays are apart: each on its own.
+        found = [one for problems in ways.values() if (one := self._smallest(problems, limits))]
+        if not found:
             return None
+        least, held_bytes = min(found, key=lambda one: one[0].promised_bytes)
+        if self._rehearse is None or not is_checked:
+            return least
+        for _ in range(MAX_REHEARSALS):
+            least = self.rehearsed(self.configure(least.selection, held_bytes), held_bytes)
+            if least.promised_bytes <= held_bytes:
+                break
+            held_bytes = least.promised_bytes
+        return least
+
+    def _smallest(
+        self, problems: Sequence[Problem], limits: Limits
+    ) -> tuple[Configuration, int] | None:
+        """Return the least of *problems*, all of one pricing, and the budget that it is held to."""
+        least_bytes = smallest_budget(problems, limits)
+        if least_bytes is None:
+            return None
+        selection = search(problems, replace(limits, budget_bytes=least_bytes))
+        assert selection is not None
         held_bytes = selection.peak_bytes
         for _ in range(MAX_REPLAYS):
             found = self.configure(selection, held_bytes)
             if found.promised_bytes <= held_bytes:
                 break
             held_bytes = found.promised_bytes
-        if self._rehearse is None or not is_checked:
-            return found
-        for _ in range(MAX_REHEARSALS):
-            found = self.rehearsed(self.configure(selection, held_bytes), held_bytes)
-            if found.promised_bytes <= held_bytes:
-                break
-            held_bytes = found.promised_bytes
-        return found
+        return found, held_bytes
+
+
+def _loading_bytes(pricing: Pricing) -> int:
+    """Return what loading takes of a budget: the weights that are quantised on the GPU."""
+    loading_bytes = pricing.memory.loading_bytes()
+    return loading_bytes + context_bytes(pricing.gpu) if loading_bytes else 0
+
+
+def _after(load_options: Sequence[Option]) -> str:
+    """Return what tells the problems of one way to store the weights from those of another."""
+    casts = any(option.strategy == "precision" for option in load_options)
+    parts = ["precision"] * casts + [
+        f"{option.strategy} {sorted(option.parameters.items())} on {option.component}"
+        for option in load_options
+        if option.strategy != "precision"
+    ]
+    return f" after {' and '.join(parts)}" if parts else ""
 
 
 def _charged(problem: Problem, found: Configuration, budget_bytes: int) -> Problem:
@@ -241,15 +280,17 @@ def decide(
     policy: Policy,
     machine: Machine,
     device: int,
-    lower: Sequence[tuple[Quality, Sequence[Pricing]]] = (),
+    lower: Sequence[tuple[Quality, Level]] = (),
     extra_ram_bytes: int = 0,
     rehearse: Rehearse | None = None,
 ) -> Plan:
     """Return the best plan for *device*.
 
-    *lower* are the next qualities with their own pricings: what they would gain, or what they could
-    still do, is said. *extra_ram_bytes* is RAM that the pipeline's weights hold already. *rehearse*
-    checks what would be chosen; without it nothing is rehearsed.
+    *lower* are the next qualities, priced when they are wanted: what they could still do where
+    nothing fits, and what the next would gain. The latter is said up to quality high: below, each
+    way to store the weights is a trace and a pricing, and planning would take four times as long.
+    *extra_ram_bytes* is RAM that the pipeline's weights hold already. *rehearse* checks what would
+    be chosen; without it nothing is rehearsed.
 
     Raises:
         NoPlanFits: with the smallest budget that works at this quality and at the next.
@@ -302,12 +343,12 @@ def _nothing_fits(
     candidates: Candidates,
     policy: Policy,
     limits: Limits,
-    lower: Sequence[tuple[Quality, Sequence[Pricing]]],
+    lower: Sequence[tuple[Quality, Level]],
 ) -> NoPlanFits:
     assert limits.budget_bytes is not None
     smallest: dict[str, int] = {}
     levels = [(policy.quality, candidates)]
-    levels += [(q, Candidates(p, replace(policy, quality=q))) for q, p in lower]
+    levels += [(q, Candidates(price(), replace(policy, quality=q))) for q, price in lower]
     for quality, level in levels:
         found = level.smallest(limits) if level.problems else None
         if found is not None:
@@ -359,7 +400,8 @@ def _rejected(
     assert limits.budget_bytes is not None
     found = [_refuted(other, limits.budget_bytes) for other in candidates.refuted]
     seen = [other.options for other in candidates.refuted]
-    for lost in alternatives(candidates.problems, limits, best.selection):
+    problems = candidates.loadable(limits.budget_bytes)
+    for lost in alternatives(problems, limits, best.selection):
         other = candidates.configure(lost.selection, limits.budget_bytes)
         if other.options in seen:
             continue
@@ -408,10 +450,12 @@ def _next_gain(
     best: Configuration,
     limits: Limits,
     policy: Policy,
-    lower: Sequence[tuple[Quality, Sequence[Pricing]]],
+    lower: Sequence[tuple[Quality, Level]],
 ) -> str:
-    for quality, pricings in lower[:1]:
-        other = Candidates(pricings, replace(policy, quality=quality)).best(limits)
+    for quality, price in lower[:1]:
+        if quality.rank > Quality.HIGH.rank:
+            continue
+        other = Candidates(price(), replace(policy, quality=quality)).best(limits)
         if other is None:
             continue
         gain_s = best.selection.call_s - other.selection.call_s
@@ -429,9 +473,8 @@ def _next_gain(
 def _reason(option: Option, best: Configuration) -> str:
     """Say what *option* buys, against the same configuration without it."""
     kind = strategy(option.strategy).kind
-    if kind == "load" and option.strategy != "precision":
-        stored_bytes = best.pricing.workload.component(str(option.component)).weight_bytes
-        return f"Asked for: {option.component} weighs {format_bytes(stored_bytes)} this way."
+    if option.reason:
+        return option.reason
     if kind == "process":
         share = saved_share(best.pricing.workload, best.pricing.gpu, option)
         return f"Saves {share:.1%} of a call where everything lies on the GPU."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
@@ -46,6 +46,10 @@ from pipefit.strategies.strategy import Consented, Option, Quality, Strategy
 Parts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
 
+Shared: TypeAlias = dict[object, list[Candidate]]
+"""Candidates of the pricings of one request: what stores one component in fewer bits changes no
+other's, and most of the time of a pricing goes to one component."""
+
 MIXED = "mixed"
 """The problem in which every component chooses its own placement."""
 
@@ -68,21 +72,13 @@ class Pick:
 
 
 def compute_variants(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
-    """Return, for every component that is called, the compute strategies worth tracing together."""
-    return {
-        name: [parts for parts in combinations if parts]
-        for name, combinations in compute_parts(workload, gpu, policy).items()
-    }
-
-
-def compute_parts(workload: Workload, gpu: Gpu, policy: Policy) -> dict[str, list[Parts]]:
-    """Return, for every component that is called, how it may compute; ``{}`` is as it is.
+    """Return, for every component that is called, the compute strategies worth tracing together.
 
     Every combination of the strategies' options; what the policy requires is in all of them.
     """
     called = {phase.component for phase in workload.phases}
     return {
-        component.name: _combinations(component, workload, gpu, policy)
+        component.name: [p for p in _combinations(component, workload, gpu, policy) if p]
         for component in workload.components
         if component.name in called
     }
@@ -107,6 +103,15 @@ def _combinations(
         dict(combination)
         for combination in (tuple(p for p in one if p) for one in itertools.product(*axes))
         if not conflict_of([Option(strategy=n, parameters=p) for n, p in combination])
+    ]
+
+
+def computing(policy: Policy) -> list[str]:
+    """Return the names of the strategies whose variants *policy* has traced."""
+    return [
+        one.name
+        for one in _allowed("compute", policy)
+        if policy.compile_allowed or not isinstance(one, Consented) or _is_required(policy, one)
     ]
 
 
@@ -264,13 +269,17 @@ class Pricing:
         *,
         load_options: Sequence[Option] = (),
         process_options: Sequence[Option] = (),
+        held_bytes: Mapping[str, int] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
-        """Options that made this workload out of the user's pipeline: a cast."""
+        """Options that made this workload out of the user's pipeline: a cast, fewer bits."""
         self.process_options = tuple(process_options)
         """Switches of the process under which everything is priced."""
+        self._held_bytes = held_bytes or {}
+        self._shared = {} if shared is None else shared
         self.memory = MemoryModel(workload, gpu)
         self.latency = LatencyModel(workload, gpu, flags_of(process_options))
         self._residency = model_offload_residency(workload)
@@ -283,11 +292,13 @@ class Pricing:
         found = []
         pipeline_wide = _allowed("pipeline_placement", policy)
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
-        parts = compute_parts(self.workload, self.gpu, policy)
+        computed: dict[str, list[Parts]] = {}
         per_component = _allowed("placement", policy)
         if not required_wide:
             groups = {
-                c.name: self._candidates(c, self._placements(c, per_component, policy), parts)
+                c.name: self._candidates(
+                    c, self._placements(c, per_component, policy), policy, computed
+                )
                 for c in self.workload.components
             }
             if all(groups.values()):
@@ -305,7 +316,7 @@ class Pricing:
                     self._problem(
                         one.name,
                         {
-                            c.name: self._candidates(c, [(option, placement)], parts)
+                            c.name: self._candidates(c, [(option, placement)], policy, computed)
                             for c in self.workload.components
                         },
                     )
@@ -348,18 +359,44 @@ class Pricing:
         self,
         component: Component,
         placements: Sequence[tuple[Option, Placement]],
-        combinations: Mapping[str, Sequence[Parts]],
+        policy: Policy,
+        computed: dict[str, list[Parts]],
     ) -> list[Candidate]:
+        """Return the candidates; *computed* keeps how each component may compute."""
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
-        return [
-            self._candidate(component, option, placement, parts)
-            for parts in combinations.get(component.name, [{}])
-            for option, placement in _sensible(placements, parts)
-            if not parts or variant_key(component.name, parts) in self.workload.variants
-            if not conflict_of([option, *(Option(strategy=n, parameters=parts[n]) for n in parts)])
+        casts = [
+            (o.component, o.parameters) for o in self.load_options if o.strategy == "precision"
         ]
+        loaded = [o for o in self.load_options if o.component == component.name]
+        key = repr(
+            (
+                component.name,
+                [(o.strategy, o.parameters) for o in loaded],
+                casts,  # one component's cast changes what others are given
+                list(dict.fromkeys(option.strategy for option, _ in placements)),
+                computing(policy),
+                [o.strategy for o in self.process_options],
+            )
+        )
+        if key not in self._shared:
+            if component.name not in computed:
+                computed[component.name] = (
+                    _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
+                )
+            self._shared[key] = [
+                self._candidate(component, option, placement, parts)
+                for parts in computed[component.name]
+                if not parts or variant_key(component.name, parts) in self.workload.variants
+                for option, placement in _sensible(placements, parts)
+                if not conflict_of(
+                    [option, *loaded, *(Option(strategy=n, parameters=parts[n]) for n in parts)]
+                )
+            ]
+        applied = (*self.load_options, *self.process_options)
+        rank = max((option_quality(o).rank for o in applied), default=0)
+        return [replace(c, quality_rank=max(c.quality_rank, rank)) for c in self._shared[key]]
 
     def _unused(self, component: Component) -> Candidate:
         """Return the candidate of a component that the call never enters: it stays where it is."""
@@ -391,12 +428,11 @@ class Pricing:
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
-            host_bytes=host.pageable_bytes + host.pinned_bytes,
+            host_bytes=host.pageable_bytes
+            + host.pinned_bytes
+            + self._held_bytes.get(component.name, 0),
             pinned_bytes=host.pinned_bytes,
-            quality_rank=max(
-                option_quality(o).rank
-                for o in (*options, *self.load_options, *self.process_options)
-            ),
+            quality_rank=max(option_quality(o).rank for o in options),
             num_strategies=len(counted),
             stock=_stock_way(placement),
             payload=Pick(choice=choice, options=options, attention=attention),

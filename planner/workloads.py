@@ -1,5 +1,9 @@
 """From what the user has (a pipeline, a name, a folder) and a call to traced workloads.
 
+How weights are stored changes the whole trace, so each way of it is a workload of its own: as they
+are, cast to 16 bits, and, where the quality allows it, in fewer bits on the denoisers or on all
+that take it. Which of four components take it is not chosen one by one: that would be 16 traces.
+
 Nothing here imports torch until something has to be traced: a plan for a catalogue pipeline whose
 trace is in the cache is made without it.
 """
@@ -11,23 +15,27 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.serial import to_json
+from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest, TraceError, UnknownName
 from pipefit.planner.catalog import pipeline_entry
-from pipefit.planner.options import Parts, compute_variants
+from pipefit.planner.options import Parts, compute_variants, computing
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
-from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
+from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
+
+DENOISE = "denoise"
+"""The phase, as :func:`pipefit.planner.trace.phase_name` has it, that most of the time goes to."""
 
 MAX_ATTRIBUTE_DEPTH = 3
 """How deep attributes of a live module are followed when it is recognised again."""
@@ -39,6 +47,9 @@ class Observed:
 
     workload: Workload
     load_options: tuple[Option, ...] = ()
+    """Each with its reason, where it stores weights in fewer bits."""
+    held_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By component, RAM that the load options hold beside its weights."""
 
 
 def observe(
@@ -50,7 +61,8 @@ def observe(
     dtype: Mapping[str, str] | str | None = None,
     progress: Progress | None = None,
 ) -> list[Observed]:
-    """Return the workloads to plan with: as the pipeline is, and in 16 bits where that is open.
+    """Return the workloads to plan with: as the pipeline is, in 16 bits where that is open, and
+    in fewer where the quality allows it.
 
     What a load strategy is asked for is in all of them. *subject* is a live pipeline, a catalogue
     name or a folder with ``model_index.json``.
@@ -62,29 +74,91 @@ def observe(
     """
     say = progress or (lambda text: None)
     source = source_of(subject, dtype)
-    plain = _trace(source, call or {}, gpu, policy, (), say)
+
+    def traced(options: Sequence[Option]) -> Workload:
+        return _trace(source, call or {}, gpu, policy, options, say)
+
+    plain = traced(())
     asked = _asked(plain, policy)
-    offered = _offered(plain, gpu, policy)
+    casts = _offered("precision", plain, gpu, policy)
+    joined = _offered("fused_qkv", plain, gpu, policy)
     found = []
-    for options in [asked, (*offered, *asked)] if offered else [asked]:
+    for options in [asked, (*casts, *asked)] if casts else [asked]:
         try:
-            workload = _trace(source, call or {}, gpu, policy, options, say) if options else plain
+            workload = traced(options) if options else plain
         except TraceError:
             if options == asked:
                 raise
             # What cannot be cast (an autoencoder that overflows) is handed tensors of the others,
             # and not every pipeline converts them.
             say(f"{source.name} does not run once cast: its dtypes stay as they are")
+            casts = ()
             continue
         _check_offload(workload, options, policy)
-        workload = replace(
+        found.append(_observed(workload, options, plain, policy))
+    storages = _storages(plain, gpu, policy, is_loaded=not source.is_ours)
+    for stored in [*([joined] if joined else []), *storages]:
+        options = (*casts, *stored, *asked)
+        if any(
+            conflict_of([o for o in options if o.component == c.name]) for c in plain.components
+        ):
+            continue
+        workload = traced(options)
+        if _meets(workload, options, policy):
+            found.append(_observed(workload, options, plain, policy))
+    notes = _unoffered(plain, gpu, policy) if not source.is_ours else ()
+    return [
+        replace(
+            one,
+            workload=replace(one.workload, assumptions=(*one.workload.assumptions, *notes)),
+        )
+        for one in found
+    ]
+
+
+def _observed(
+    workload: Workload, options: tuple[Option, ...], plain: Workload, policy: Policy
+) -> Observed:
+    """Return *workload* with what there is to say of the *options* that made it of *plain*."""
+    pairs = {
+        str(o.component): (plain.component(str(o.component)), workload.component(str(o.component)))
+        for o in options
+    }
+    held = {
+        str(o.component): one.held_bytes(*pairs[str(o.component)])
+        for o in options
+        if isinstance(one := strategy(o.strategy), Imitated)
+    }
+    return Observed(
+        workload=replace(
             workload,
             # A plan belongs to the pipeline as the user has it, before the cast.
             fingerprint=plain.fingerprint,
             assumptions=(*workload.assumptions, *_notes(options, plain, workload)),
-        )
-        found.append(Observed(workload=workload, load_options=options))
-    return found
+        ),
+        load_options=tuple(
+            replace(o, reason=_stored_reason(o, *pairs[str(o.component)], policy)) for o in options
+        ),
+        held_bytes={name: num_bytes for name, num_bytes in held.items() if num_bytes},
+    )
+
+
+def _stored_reason(option: Option, before: Component, after: Component, policy: Policy) -> str:
+    """Say what *option* makes of a component's weight, and what it needs; empty for a cast."""
+    one = strategy(option.strategy)
+    if one.name == "fused_qkv":
+        more = format_bytes(after.weight_bytes - before.weight_bytes)
+        return f"Queries, keys and values in one launch, with {more} of joined weights."
+    if not isinstance(one, Imitated):
+        return ""
+    is_asked = any(option.strategy == asked.strategy for asked in policy.required)
+    weight, whole = format_bytes(after.weight_bytes), format_bytes(before.weight_bytes)
+    missing = one.missing_package(option.parameters)
+    share = after.weight_bytes / before.weight_bytes
+    return (
+        f"{'Asked for: ' if is_asked else ''}{after.name} weighs {weight} this way, {share:.2f} of "
+        f"{whole}.{f' Needs `pip install {missing}`.' if missing else ''}"
+    )
 
 
 def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
@@ -137,18 +211,76 @@ def _is_so_already(component: Component, option: Option) -> bool:
     )
 
 
-def _offered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
-    """Return the casts that the quality allows, of which none was asked for."""
+def _offered(name: str, workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+    """Return load strategy *name* on all that take it, if allowed and none was asked for."""
+    one = strategy(name)
     taken = {option.strategy for option in policy.required}
+    if name in taken or name in policy.forbidden or one.quality.rank > policy.quality.rank:
+        return ()
     return tuple(
-        Option(strategy=one.name, component=component.name, parameters=parameters)
-        for one in BUILT_IN
-        if one.kind == "load"
-        and one.name not in taken
-        and one.name not in policy.forbidden
-        and one.quality.rank <= policy.quality.rank
+        Option(strategy=name, component=component.name, parameters=parameters)
         for component in workload.components
         for parameters in list(one.options(component, workload, gpu))[:1]
+    )
+
+
+def _storages(
+    workload: Workload, gpu: Gpu, policy: Policy, *, is_loaded: bool
+) -> list[tuple[Option, ...]]:
+    """Return the ways to store weights in fewer bits that the quality allows.
+
+    Each on the denoisers alone and on all that take it. None where one is asked for: how weights
+    are stored is decided then.
+    """
+    storing = [one for one in BUILT_IN if isinstance(one, Imitated)]
+    if {one.name for one in storing} & {option.strategy for option in policy.required}:
+        return []
+    denoisers = {phase.component for phase in workload.phases if phase.name == DENOISE}
+    ways: dict[str, list[Option]] = {}
+    for one in storing:
+        if one.name in policy.forbidden or (is_loaded and not one.goes_on_loaded):
+            continue
+        for component in workload.components:
+            for parameters in one.options(component, workload, gpu):
+                option = Option(strategy=one.name, component=component.name, parameters=parameters)
+                if quality_of(option).rank <= policy.quality.rank:
+                    ways.setdefault(repr((one.name, parameters)), []).append(option)
+    found: list[tuple[Option, ...]] = []
+    for everywhere in ways.values():
+        for options in ([o for o in everywhere if o.component in denoisers], everywhere):
+            if options and tuple(options) not in found:
+                found.append(tuple(options))
+    return found
+
+
+def _meets(workload: Workload, options: Sequence[Option], policy: Policy) -> bool:
+    """Whether what the policy requires can be had of weights stored by *options*."""
+    for asked in policy.required:
+        one = strategy(asked.strategy)
+        reasons = [
+            one.refusal(component, asked.parameters)
+            or conflict_of([*(o for o in options if o.component == component.name), asked])
+            for component in workload.components
+            if asked.component in (None, component.name)
+        ]
+        is_everywhere = asked.component is not None or one.kind == "pipeline_placement"
+        if one.kind != "load" and (any(reasons) if is_everywhere else all(reasons)):
+            return False
+    return True
+
+
+def _unoffered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[str, ...]:
+    """Say what the quality allows and a pipeline that is loaded already is past."""
+    offered = {
+        option.strategy
+        for options in _storages(workload, gpu, policy, is_loaded=False)
+        for option in options
+    }
+    return tuple(
+        f"{one.name} is not offered: the pipeline is loaded already, and the library does it while "
+        "it loads; plan for the name or the folder to see what it would give."
+        for one in BUILT_IN
+        if isinstance(one, Imitated) and one.name in offered and not one.goes_on_loaded
     )
 
 
@@ -267,7 +399,10 @@ def _trace(
     """Return the workload, from the cache where it is there."""
 
     def make() -> Workload:
-        after = " and ".join(dict.fromkeys(option.strategy for option in load_options))
+        on: dict[str, list[str]] = {}
+        for option in load_options:
+            on.setdefault(option.strategy, []).append(str(option.component))
+        after = " and ".join(f"{name} on {', '.join(parts)}" for name, parts in on.items())
         say(f"tracing {source.name}{f' after {after}' if after else ''} …")
         return _execute(source, call, gpu, policy, load_options)
 
@@ -277,10 +412,9 @@ def _trace(
         "load_options": to_json(tuple(load_options)),
         "compute_capability": gpu.compute_capability,
         "architecture": gpu.architecture,
-        "quality": policy.quality.value,
+        # Levels that allow the same of these share their traces.
+        "compute": computing(policy),
         "required": to_json([o for o in policy.required if strategy(o.strategy).kind == "compute"]),
-        "forbidden": sorted(n for n in policy.forbidden if strategy(n).kind != "process"),
-        "compile_allowed": policy.compile_allowed,
     }
     return cached_trace(json.loads(json.dumps(key, default=str)), make)
 

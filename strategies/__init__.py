@@ -12,6 +12,7 @@ from pipefit.strategies.compile import Compile
 from pipefit.strategies.cudnn_benchmark import CudnnBenchmark
 from pipefit.strategies.decode_chunks import DecodeChunks
 from pipefit.strategies.feed_forward_chunking import FeedForwardChunking
+from pipefit.strategies.fused_qkv import FusedQkv
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.guidance_split import GuidanceSplit
 from pipefit.strategies.jit_trace import JitTrace
@@ -31,6 +32,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     Tf32(),
     CudnnBenchmark(),
     Precision(),
+    FusedQkv(),
     Quantization(),
     LayerwiseCasting(),
     ChannelsLast(),

@@ -8,13 +8,14 @@ pipelines cast prompts to it, and what the class keeps in float32, because T5 re
 ``wo.weight.dtype`` (diffusers issue 10347).
 
 A reader would expect undo to cast back. Bits are lost, so the originals wait in host RAM while this
-is in force, and undo puts those very weights back. The search is not offered it yet: it changes
-the whole trace, so each component's choice would have to be traced with each other's.
+is in force, and undo puts those very weights back. A weight beyond the largest value of the 8-bit
+type becomes that value, without a word from torch: what is lost so is counted and logged.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from pipefit.strategies.live import (
 )
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
+from pipefit.strategies.traced import is_called_by_forward
+
+logger = logging.getLogger(__name__)
 
 STORAGE_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -56,8 +60,17 @@ class LayerwiseCasting:
     def options(
         self, component: Component, workload: Workload, gpu: Gpu
     ) -> Sequence[Mapping[str, Any]]:
-        """None yet: see the module's docstring."""
-        return ()
+        """e4m3fn for models that compute by ``forward`` alone, in 16 or 32 bits.
+
+        Not for autoencoders: of what is stored in 8 bits theirs is seen first, and they weigh
+        little. e5m2 is never worth more memory or time; it is there for weights that are large.
+        """
+        if gpu.architecture == "apple" or not is_called_by_forward(component, workload):
+            return ()
+        if component.traits.get("dtype") not in COMPUTE_DTYPES:
+            return ()
+        parameters = {"storage_dtype": STORAGE_DTYPES[0]}
+        return () if self.refusal(component, parameters) else (parameters,)
 
     def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
         """Dtypes that the library does not cast to, and components without a layer to cast."""
@@ -101,6 +114,7 @@ class LayerwiseCasting:
             before[:] = [
                 (tensor, data.to("cpu")) for tensor, data in before if tensor.dtype != data.dtype
             ]
+            _report_clipped(str(component), before)
             return undo.pop_all().close
 
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
@@ -128,15 +142,23 @@ class LayerwiseCasting:
 
     def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
         """The RAM in which the originals wait."""
+        return (
+            f"Until it is undone, layerwise_casting holds "
+            f"{format_bytes(self.held_bytes(before, after))} of original weights of {before.name} "
+            "in RAM, which the host RAM stated leaves out."
+        )
+
+    def missing_package(self, parameters: Mapping[str, Any]) -> str:
+        """Nothing: diffusers has it."""
+        return ""
+
+    def held_bytes(self, before: Component, after: Component) -> int:
+        """The originals of what was cast."""
         stored = {tensor.path: tensor.dtype for tensor in after.tensors}
-        held_bytes = sum(
+        return sum(
             tensor.num_bytes
             for tensor in before.tensors
             if tensor.tied_to is None and stored.get(tensor.path) != tensor.dtype
-        )
-        return (
-            f"Until it is undone, layerwise_casting holds {format_bytes(held_bytes)} of original "
-            f"weights of {before.name} in RAM, which is not counted."
         )
 
 
@@ -162,6 +184,36 @@ def _enable(module: Any, parameters: Mapping[str, Any]) -> None:
         skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *kept),
         skip_modules_classes=(torch.nn.Embedding,),
     )
+
+
+def _report_clipped(component: str, before: Sequence[tuple[Any, Any]]) -> None:
+    """Log how many of the weights *before* the cast lie beyond what they are stored in now."""
+    import torch
+
+    num_clipped, largest, stored = 0, 0.0, STORAGE_DTYPES[0]
+    for tensor, data in before:
+        # Nothing can be said of weights without values: those of a twin.
+        if data.is_meta or type(data) is not torch.Tensor or not data.numel():
+            continue
+        limit = torch.finfo(tensor.dtype).max
+        low, high = data.aminmax()
+        furthest = max(-float(low), float(high))
+        if furthest > limit:
+            num_clipped += int((data.abs() > limit).sum())
+            largest, stored = max(largest, furthest), str(tensor.dtype).removeprefix("torch.")
+    if num_clipped:
+        logger.warning(
+            "layerwise_casting clips %d weights of %s to %g, the largest %s; the largest weight is "
+            "%g: %s.",
+            num_clipped,
+            component,
+            torch.finfo(getattr(torch, stored)).max,
+            stored,
+            largest,
+            "store them as float8_e5m2, or leave the component as it is"
+            if stored == STORAGE_DTYPES[0]
+            else "leave the component as it is",
+        )
 
 
 def _dtype_of(module: Any) -> str:

@@ -1,10 +1,10 @@
 """Weights quantised when they are loaded: torchao, bitsandbytes, GGUF files, quanto.
 
 Predicted and not yet applied. A loaded pipeline is past the point where diffusers quantises
-(``from_pretrained(quantization_config=...)``), so ``apply`` refuses, and the search is offered
-nothing; what is asked for with ``--with`` is predicted on the weightless twin, whose linear layers
-are replaced by ones that hold what the library would hold. Only linear layers are: embeddings,
-norms and convolutions keep their dtype in every library.
+(``from_pretrained(quantization_config=...)``), so ``apply`` refuses, and the search is offered it
+only for what is yet to be loaded. It is predicted on the weightless twin, whose linear layers are
+replaced by ones that hold what the library would hold, so that the library need not be there. Only
+linear layers are: embeddings, norms and convolutions keep their dtype in every library.
 
 Which linear layers a library leaves alone is the loader's business, and easily overlooked.
 transformers leaves out the output head and what a class wants in float32, T5's ``wo`` among them, a
@@ -13,6 +13,7 @@ fifth of that encoder; diffusers leaves out the latter only; torchao's own ``qua
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from pipefit.errors import UnsupportedPipeline
 from pipefit.strategies.live import wanted_in_float32
 from pipefit.strategies.parameters import not_a_flag, unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
+from pipefit.strategies.traced import is_called_by_forward
 
 PARAMETERS = (
     "backend",
@@ -52,6 +54,22 @@ ONLY_FOR = {
     "per_row": ("float8_dynamic_activation_float8_weight",),
 }
 """Parameter -> the types that know it."""
+
+PACKAGES = {
+    "torchao": ("torchao", "torchao"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "gguf": ("gguf", "gguf"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+}
+"""Backend -> its module, and what ``pip install`` calls the package."""
+
+OFFERED = (
+    {"backend": "torchao", "type": "int8_weight_only"},
+    {"backend": "bitsandbytes", "type": "nf4"},
+)
+"""One type of 8 bits and one of 4. torchao's is quantised on the host, so that loading it needs no
+memory of the GPU; nf4 is what most 4-bit models are stored in. Our choice: the others weigh about
+the same, and each would be another trace of the pipeline."""
 
 GROUP_SIZES = (32, 64, 128, 256)
 """What ``Int4WeightOnlyConfig`` allows (quantization/quant_api.py, torchao 0.18)."""
@@ -96,8 +114,12 @@ class Quantization:
     def options(
         self, component: Component, workload: Workload, gpu: Gpu
     ) -> Sequence[Mapping[str, Any]]:
-        """None: it cannot be applied to a pipeline that is loaded."""
-        return ()
+        """8 and 4 bits on NVIDIA GPUs, for models that compute by ``forward`` alone."""
+        if gpu.compute_capability is None or not is_called_by_forward(component, workload):
+            return ()
+        if component.traits.get("quantized_by"):
+            return ()
+        return [one for one in OFFERED if self.refusal(component, one) is None]
 
     def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
         """Types and parameters that the backend does not have."""
@@ -137,9 +159,11 @@ class Quantization:
         Raises:
             UnsupportedPipeline: always.
         """
+        missing = self.missing_package(parameters)
         raise UnsupportedPipeline(
             f"{component} is loaded already, and weights are quantised while they are loaded: load "
-            f"it with a quantization_config for {parameters['backend']}."
+            f"it with a quantization_config for {parameters['backend']}"
+            f"{f', which needs `pip install {missing}`' if missing else ''}."
         )
 
     def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
@@ -171,14 +195,32 @@ class Quantization:
                     part._modules[name] = QuantizedLinear(child, stored, backend, type_)
 
     def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
-        """Where loading needs more than running on the host; the GPU's loading is predicted."""
-        if parameters["backend"] == "gguf":  # the file is as small as the weights
-            return ""
-        stored, read = format_bytes(after.weight_bytes), format_bytes(before.weight_bytes)
-        return (
-            f"Host RAM is predicted for a {after.name} stored in {stored} of files; quantising it "
-            f"while it loads reads {read}."
-        )
+        """What it takes to have it: a package, and more of the host while it is loaded."""
+        backend, missing = parameters["backend"], self.missing_package(parameters)
+        parts = [
+            f"{after.name} is quantised by {backend} when it is loaded, not afterwards"
+            + (f": needs `pip install {missing}`." if missing else ".")
+        ]
+        if backend != "gguf":  # a file of that is as small as the weights
+            stored, read = format_bytes(after.weight_bytes), format_bytes(before.weight_bytes)
+            parts.append(
+                f"Host RAM is predicted for a {after.name} stored in {stored} of files; quantising "
+                f"it while it loads reads {read}."
+            )
+        return " ".join(parts)
+
+    def missing_package(self, parameters: Mapping[str, Any]) -> str:
+        """What has to be installed for the backend of *parameters*; empty: it is there."""
+        module, package = PACKAGES[parameters["backend"]]
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # not even the package that the module is in
+            found = False
+        return "" if found else package
+
+    def held_bytes(self, before: Component, after: Component) -> int:
+        """None: nothing waits to be put back."""
+        return 0
 
 
 def _type(parameters: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ class Consented(Protocol):
 class Imitated(Protocol):
     """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
 
-    Such a strategy is only ever asked for; its ``options`` are empty.
+    What it is offered for is traced on some components at a time, not on each choice of them.
     """
 
     @property
@@ -135,4 +135,12 @@ class Imitated(Protocol):
 
     def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
         """Say what the prediction of this component leaves out; empty if nothing."""
+        ...
+
+    def missing_package(self, parameters: Mapping[str, Any]) -> str:
+        """What ``pip install`` has to fetch before it can be had here; empty: nothing."""
+        ...
+
+    def held_bytes(self, before: Component, after: Component) -> int:
+        """RAM that ``apply`` holds until it is undone, beside the weights of *after*."""
         ...

@@ -107,3 +107,9 @@ def common_batch_of(component: Component, workload: Workload) -> int:
         if kernel.kind in ("conv", "attention")
     ]
     return math.gcd(*batches) if batches else 1
+
+
+def is_called_by_forward(component: Component, workload: Workload) -> bool:
+    """Whether the call enters *component*, and never by another way, as it does autoencoders."""
+    entries = {phase.entry for phase in workload.phases if phase.component == component.name}
+    return entries == {"forward"}

@@ -60,6 +60,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "tf32": ({},),
     "cudnn_benchmark": ({},),
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
+    "fused_qkv": ({},),
     "quantization": (
         {"backend": "torchao", "type": "int8_weight_only"},
         {"backend": "torchao", "type": "float8_weight_only"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -12,9 +13,17 @@ from tests.small_pipelines import flux, small_call, stable_diffusion
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.api import _lower_levels
 from pipefit.planner.catalog import reference_machine
+from pipefit.planner.options import Pricing, Shared
 from pipefit.planner.policy import Policy, parse_strategy_spec
 from pipefit.planner.probe import cpu_machine
-from pipefit.planner.workloads import _described, observe, state_digest
+from pipefit.planner.workloads import (
+    _described,
+    _meets,
+    _storages,
+    _unoffered,
+    observe,
+    state_digest,
+)
 from pipefit.strategies import BUILT_IN
 from pipefit.strategies.strategy import Quality
 
@@ -128,3 +137,104 @@ def test_a_cast_that_the_call_does_not_survive_is_not_offered() -> None:
     pipe.vae.register_to_config(force_upcast=True)
     seen = observe(pipe, small_call("stable_diffusion"), gpu=turing, policy=policy)
     assert [one.load_options for one in seen] == [()]
+
+
+RTX_4060 = reference_machine(["rtx-4060"]).gpus[0]
+
+
+def _policy(quality: Quality, *specs: str) -> Policy:
+    required = tuple(o for spec in specs for o in parse_strategy_spec(spec, strategies=NAMES))
+    return Policy(budget_bytes={0: 8 << 30}, quality=quality, required=required)
+
+
+def _ways(seen: list[Any]) -> list[set[tuple[str, str]]]:
+    return [{(o.strategy, o.component) for o in one.load_options} for one in seen]
+
+
+@pytest.fixture(scope="module")
+def flux_workload() -> Any:
+    """The small FLUX in float32, as a trace at quality exact has it."""
+    return _observed(quality=Quality.EXACT)[0].workload
+
+
+def test_fewer_bits_are_offered_at_the_quality_that_allows_them(flux_workload: Any) -> None:
+    def offered(quality: Quality) -> list[tuple[Any, list[str]]]:
+        ways = _storages(flux_workload, RTX_4060, _policy(quality), is_loaded=False)
+        return [
+            (way[0].parameters.get("type", "float8"), [str(o.component) for o in way])
+            for way in ways
+        ]
+
+    takers = ["text_encoder", "text_encoder_2", "transformer"]
+    eight = [
+        (type_, some)
+        for type_ in ("int8_weight_only", "float8")
+        for some in (["transformer"], takers)
+    ]
+    assert offered(Quality.EXACT) == offered(Quality.HIGH) == []
+    assert sorted(offered(Quality.BALANCED)) == sorted(eight)
+    four = [("nf4", ["transformer"]), ("nf4", takers)]
+    assert sorted(offered(Quality.LOW)) == sorted(eight + four)
+
+
+def test_what_a_loaded_pipeline_is_past_is_not_offered_and_said(flux_workload: Any) -> None:
+    ways = _storages(flux_workload, RTX_4060, _policy(Quality.LOW), is_loaded=True)
+    assert {o.strategy for way in ways for o in way} == {"layerwise_casting"}
+    (said,) = _unoffered(flux_workload, RTX_4060, _policy(Quality.LOW))
+    assert "quantization is not offered: the pipeline is loaded already" in said
+    assert _unoffered(flux_workload, RTX_4060, _policy(Quality.HIGH)) == ()
+
+
+def test_where_a_storage_is_asked_for_none_is_offered(flux_workload: Any) -> None:
+    asked = _policy(Quality.LOW, "layerwise_casting@transformer")
+    assert _storages(flux_workload, RTX_4060, asked, is_loaded=False) == []
+
+
+def test_a_storage_that_a_requirement_cannot_be_had_with_is_left_out(flux_workload: Any) -> None:
+    wide = _policy(Quality.LOW, "sequential_offload")
+    quantised = replace(
+        flux_workload,
+        components=tuple(
+            replace(c, traits={**c.traits, "quantized_by": "bitsandbytes"})
+            if c.name == "transformer"
+            else c
+            for c in flux_workload.components
+        ),
+    )
+    assert _meets(flux_workload, (), wide)
+    assert not _meets(quantised, (), wide)
+
+
+def test_every_way_to_store_weights_is_one_workload() -> None:
+    none, four = {}, ("text_encoder", "text_encoder_2", "transformer", "vae")
+    casts = {("precision", name) for name in four}
+    high = _ways(_observed(quality=Quality.HIGH))
+    assert high == [set(none), casts]
+    seen = _observed(quality=Quality.BALANCED)
+    casting = [{("layerwise_casting", name) for name in some} for some in (four[2:3], four[:3])]
+    assert _ways(seen) == [*high, *(casts | way for way in casting)]
+    plain, whole = seen[1].workload, seen[3]
+    for name in four[:3]:
+        assert "float8_e4m3fn" in _dtypes(whole.workload, name)
+        stored = whole.workload.component(name).weight_bytes
+        assert stored < plain.component(name).weight_bytes
+        (reason,) = [
+            o.reason
+            for o in whole.load_options
+            if (o.strategy, o.component) == ("layerwise_casting", name)
+        ]
+        share = stored / seen[0].workload.component(name).weight_bytes
+        assert f"{share:.2f} of" in reason
+    assert set(whole.held_bytes) == set(four[:3])
+
+
+def test_candidates_that_pricings_share_are_what_each_would_find() -> None:
+    gpu = cpu_machine().gpus[0]
+    policy = Policy(budget_bytes={gpu.index: gpu.total_bytes}, quality=Quality.BALANCED)
+    seen = observe(flux(), small_call("flux"), gpu=gpu, policy=policy)
+    shared: Shared = {}
+    for one in seen:
+        about = {"load_options": one.load_options, "held_bytes": one.held_bytes}
+        alone = Pricing(one.workload, gpu, **about)
+        together = Pricing(one.workload, gpu, **about, shared=shared)
+        assert together.problems(policy) == alone.problems(policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tests.strategies.described import described
+from tests.strategies.described import ADA, decoding, described
 
-from pipefit.strategies import strategy
+from pipefit.cost_models.workload import Phase
+from pipefit.strategies import BUILT_IN, strategy
 
 CASTING = strategy("layerwise_casting")
 FLOAT8 = torch.float8_e4m3fn
@@ -148,3 +150,70 @@ def test_dtypes_that_no_layer_is_cast_to_are_refused() -> None:
     assert "one of float8_e4m3fn" in str(CASTING.refusal(component, {"storage_dtype": "int8"}))
     norm = described(torch.nn.LayerNorm(4))
     assert "no layer that could be stored" in str(CASTING.refusal(norm, {}))
+
+
+def test_weights_beyond_the_largest_float8_are_counted_and_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = t5()
+    with torch.no_grad():
+        projection = module.encoder.block[0].layer[0].SelfAttention.q.weight
+        projection[0, :3] = torch.tensor([448.0, 500.0, -1000.0])
+        module.shared.weight[0, 0] = 10**4  # stays in 16 bits
+    with caplog.at_level("WARNING"):
+        undo = CASTING.apply(pipe_of(module), "part", {}, "cpu")
+    (said,) = caplog.messages
+    assert "clips 2 weights of part to 448" in said
+    assert "the largest weight is 1000" in said
+    assert projection[0, 1].float() == 448
+    undo()
+    assert projection[0, 1] == 500
+    caplog.clear()
+    CASTING.apply(pipe_of(module), "part", {"storage_dtype": "float8_e5m2"}, "cpu")()
+    assert not caplog.messages
+
+
+def test_an_adapter_that_was_there_before_keeps_its_dtype_and_works() -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    module = unet().float()
+    module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    call = (torch.randn(1, 4, 8, 8), 1, torch.randn(1, 4, 32))
+    with torch.no_grad():
+        before = module(*call).sample
+        undo = CASTING.apply(pipe_of(module), "part", {}, "cpu")
+        kept = {path for path, dtype in dtypes(module).items() if dtype != FLOAT8}
+        assert any("lora_A" in path for path in dtypes(module))
+        assert {path for path in dtypes(module) if "lora_" in path} <= kept
+        assert any("to_q.base_layer" in path for path in dtypes(module).keys() - kept)
+        cast = module(*call).sample
+        undo()
+        assert not torch.equal(cast, before)
+        assert torch.equal(module(*call).sample, before)
+
+
+def test_weights_are_cast_before_they_are_placed() -> None:
+    names = [one.name for one in BUILT_IN]
+    placing = [one.name for one in BUILT_IN if "placement" in one.kind]
+    assert all(names.index("layerwise_casting") < names.index(name) for name in placing)
+
+
+def test_it_is_offered_to_what_computes_by_forward_and_not_to_autoencoders() -> None:
+    model, vae = described(flux()), described(diffusers.AutoencoderKL(block_out_channels=(32,)))
+    assert list(CASTING.options(model, called(model, "forward"), ADA)) == [
+        {"storage_dtype": "float8_e4m3fn"}
+    ]
+    assert not CASTING.options(vae, called(vae, "decode"), ADA)
+    assert not CASTING.options(model, called(vae, "decode"), ADA)
+    apple = replace(ADA, architecture="apple")
+    assert not CASTING.options(model, called(model, "forward"), apple)
+    cast = flux()
+    CASTING.imitate(pipe_of(cast), "part", {})  # type: ignore[attr-defined]
+    stored = described(cast)
+    assert not CASTING.options(stored, called(stored, "forward"), ADA)
+
+
+def called(component: Any, entry: str) -> Any:
+    phase = Phase(name="denoise", component=component.name, entry=entry, calls=(0,))
+    return replace(decoding(component), phases=(phase,))
