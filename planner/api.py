@@ -138,7 +138,7 @@ def plan(
 
     def pricings(at: Policy) -> list[Pricing]:
         seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
-        check_required(seen[0].workload, at)
+        check_required(seen[0].workload, at, gpu)
         return [_pricing(s, gpu, at, shared) for s in seen]
 
     return decide(
@@ -193,7 +193,7 @@ def predict(
         ),
     )
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
-    check_required(seen.workload, policy)
+    check_required(seen.workload, policy, gpu)
     pricing = _pricing(seen, gpu, policy)
     picks = pricing.exactly(policy.required)
     prediction = pricing.prediction(picks, pricing.replay(picks))

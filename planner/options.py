@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
@@ -41,7 +41,7 @@ from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
-from pipefit.strategies.strategy import Consented, Option, Quality, Strategy
+from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
@@ -89,7 +89,7 @@ def _combinations(
 ) -> list[Parts]:
     axes: list[list[tuple[str, Mapping[str, Any]] | None]] = []
     for one in _allowed("compute", policy):
-        required = _required(policy, one, component)
+        required = _required(policy, one, component, workload, gpu)
         if required:
             axes.append([(one.name, option.parameters) for option in required])
             continue
@@ -129,8 +129,16 @@ def _is_required(policy: Policy, one: Strategy) -> bool:
     return any(option.strategy == one.name for option in policy.required)
 
 
-def _required(policy: Policy, one: Strategy, component: Component) -> list[Option]:
+def _required(
+    policy: Policy,
+    one: Strategy,
+    component: Component,
+    workload: Workload | None = None,
+    gpu: Gpu | None = None,
+) -> list[Option]:
     """Return what the policy asks of *one* on *component*; unnamed means wherever it can.
+
+    With *workload* and *gpu* that is what the traced call allows too.
 
     Raises:
         InvalidRequest: if it was asked for by name and cannot be had.
@@ -140,6 +148,8 @@ def _required(policy: Policy, one: Strategy, component: Component) -> list[Optio
         if option.strategy != one.name or option.component not in (None, component.name):
             continue
         refusal = one.refusal(component, option.parameters)
+        if not refusal and workload and gpu and isinstance(one, Conditional):
+            refusal = one.unfit(component, option.parameters, workload, gpu)
         if refusal and option.component is not None:
             raise InvalidRequest(f"Strategy {one.name} cannot go on {component.name}: {refusal}")
         if not refusal:
@@ -147,7 +157,7 @@ def _required(policy: Policy, one: Strategy, component: Component) -> list[Optio
     return found
 
 
-def check_required(workload: Workload, policy: Policy) -> None:
+def check_required(workload: Workload, policy: Policy, gpu: Gpu | None = None) -> None:
     """Refuse requirements that no candidate could meet.
 
     Raises:
@@ -161,6 +171,10 @@ def check_required(workload: Workload, policy: Policy) -> None:
         if option.component is not None and option.component not in names:
             raise UnknownName("component", option.component, names)
         reasons = {c.name: one.refusal(c, option.parameters) for c in workload.components}
+        if gpu is not None and isinstance(one, Conditional):
+            for c in workload.components:
+                unfit = one.unfit(c, option.parameters, workload, gpu)
+                reasons[c.name] = reasons[c.name] or unfit
         if option.component is None and all(reasons.values()):
             raise InvalidRequest(
                 f"Strategy {option.strategy} applies to no component of {workload.pipeline}: "
@@ -592,7 +606,7 @@ class Pricing:
             option, placement = Option(strategy="resident", component=component.name), None
             for one in BUILT_IN:
                 policy = Policy(budget_bytes={}, required=tuple(options))
-                for asked in _required(policy, one, component):
+                for asked in _required(policy, one, component, self.workload, self.gpu):
                     if one.kind == "compute":
                         parts[one.name] = asked.parameters
                     elif "placement" in one.kind:
@@ -661,8 +675,11 @@ def _host_notes(host: HostPeak) -> tuple[str, ...]:
 
 def attention_of(parts: Parts) -> Attention:
     """Return which attention kernel *parts* ask for."""
-    backend: Attention = parts.get("attention", {}).get("backend", "native")
-    return backend
+    backend = parts.get("attention", {}).get("backend", "native")
+    if backend not in get_args(Attention):
+        # Of packages: flash attention, or priced as it for want of published rows (SageAttention).
+        return "flash"
+    return cast(Attention, backend)
 
 
 def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Option, ...]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from pipefit.strategies.live import attention_registry
 
 MADE_FOR_DIFFUSERS = "0.42.1"
 
@@ -66,9 +70,86 @@ SHIMS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 """(module, attribute in it, what makes the replacement from the original)."""
 
 
+class _Backends(dict[Any, Callable[..., Any]]):
+    """diffusers' attention functions, those of packages replaced by torch's own in one thread.
+
+    Their kernels want real tensors on a real GPU. What they allocate that torch's does not is left
+    out: SageAttention's 8-bit copies.
+    """
+
+    def __init__(self, originals: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__(originals)
+        self._thread = threading.get_ident()
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        if name is not None and threading.get_ident() == self._thread:
+            value = str(getattr(name, "value", name))
+            if not value.startswith(("native", "_native", "flex")):
+                return functools.partial(_native_attention, self["native"])
+        return super().get(name, default)
+
+
+def _native_attention(native: Callable[..., Any], **arguments: Any) -> Any:
+    taken = inspect.signature(native).parameters
+    return native(**{name: value for name, value in arguments.items() if name in taken})
+
+
+def _memory_efficient_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | None = None,
+    op: Any = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``xformers.ops.memory_efficient_attention`` as diffusers calls it: heads in the batch."""
+    bias = None if attn_bias is None else attn_bias[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query[:, None], key[:, None], value[:, None], attn_mask=bias, scale=scale
+    )[:, 0]
+
+
+class _Xformers:
+    """What diffusers' processors use of the package, in one thread; elsewhere the package."""
+
+    def __init__(self, original: Any) -> None:
+        self._original, self._thread = original, threading.get_ident()
+
+    @property
+    def ops(self) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._original.ops
+        return SimpleNamespace(memory_efficient_attention=_memory_efficient_attention)
+
+
+@contextlib.contextmanager
+def _without_packages() -> Iterator[None]:
+    """Let torch compute attention that a processor names a package's kernel for; download none."""
+    from diffusers.models import attention_dispatch, attention_processor
+
+    registry, download = attention_registry(), attention_dispatch._maybe_download_kernel_for_backend
+    backends, xformers = registry._backends, attention_processor.xformers
+    registry._backends = _Backends(backends)
+    attention_processor.xformers = _Xformers(xformers)
+    attention_dispatch._maybe_download_kernel_for_backend = _in_thread(
+        threading.get_ident(), download, lambda backend: None
+    )
+    try:
+        yield
+    finally:
+        registry._backends, attention_processor.xformers = backends, xformers
+        attention_dispatch._maybe_download_kernel_for_backend = download
+
+
 @contextlib.contextmanager
 def shimmed() -> Iterator[None]:
     """Put the shims into the modules that are imported, for this thread."""
+    with _without_packages(), _shimmed_functions():
+        yield
+
+
+@contextlib.contextmanager
+def _shimmed_functions() -> Iterator[None]:
     saved: list[tuple[Any, str, Any]] = []
     thread = threading.get_ident()
     try:

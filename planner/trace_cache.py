@@ -50,8 +50,11 @@ DEFLATE_LEVEL = 6
 """Our choice, measured on the trace of Wan 2.1 1.3B, 460 kB of JSON: level 1 makes 77 kB of it,
 6 makes 60 in 0.03 s, 9 makes 56 in 0.2 s. Inflating takes 1 ms whatever the level."""
 
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
-"""Distributions whose code a trace executes."""
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "accelerate",
+    "flash-attn", "kernels", "sageattention", "xformers",
+)  # fmt: skip
+"""Distributions whose code a trace executes, or whose presence a component's traits tell."""
 
 SOURCES = {
     "pipefit.planner": (

@@ -72,7 +72,9 @@ def strategy(name: str) -> Strategy:
 def quality_of(option: Option) -> Quality:
     """Return the best level at which *option* may be used; some depend on their parameters."""
     one = strategy(option.strategy)
-    return one.quality_of(option.parameters) if isinstance(one, Quantization) else one.quality
+    if isinstance(one, (Attention, Quantization)):
+        return one.quality_of(option.parameters)
+    return one.quality
 
 
 def conflict_of(options: Sequence[Option]) -> str | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 from pipefit.cost_models.workload import Launcher
@@ -246,6 +247,71 @@ def attention_registry() -> Any:
             "not know them: use diffusers 0.42, or leave the attention strategy out."
         ) from error
     return Registry
+
+
+PROBED_DTYPES = ("float32", "float16", "bfloat16")
+PROBED_HEAD_SIZES = tuple(range(8, 520, 8))
+"""What diffusers' checks are asked about; head sizes of real models are multiples of 8."""
+
+
+def attention_backends() -> dict[str, dict[str, Any]]:
+    """Return what diffusers' registry says of each attention backend, by its name, as JSON values.
+
+    ``missing``: why it cannot be used in this environment; empty where it can. ``takes_mask``.
+    ``dtypes`` and ``head_sizes``: which of the probed pass its own checks, which diffusers itself
+    makes only under ``DIFFUSERS_ATTN_CHECKS``; None for all sizes. ``capability``: the least that
+    they ask of the GPU, or None.
+    """
+    from diffusers.models.attention_dispatch import _check_attention_backend_requirements
+
+    registry = attention_registry()
+    found = {}
+    for backend, function in registry._backends.items():
+        missing = ""
+        try:
+            _check_attention_backend_requirements(backend)
+        except RuntimeError as error:
+            missing = str(error)
+        capability, checks = None, []
+        for check in registry._constraints[backend]:
+            # This one asks the device of a tensor; what it was made with says it for any.
+            bound = inspect.getclosurevars(check).nonlocals
+            if "major" in bound:
+                capability = [bound["major"], bound["minor"]]
+            else:
+                checks.append(check)
+        sizes = [h for h in PROBED_HEAD_SIZES if _passes(checks, "bfloat16", h)]
+        found[backend.value] = {
+            "missing": missing,
+            "takes_mask": not any(
+                "attn_mask" in const and "not supported" in const
+                for code in _codes(function)
+                for const in code.co_consts
+                if isinstance(const, str)
+            ),
+            "dtypes": [d for d in PROBED_DTYPES if _passes(checks, d, 64)],
+            "head_sizes": None if len(sizes) == len(PROBED_HEAD_SIZES) else sizes,
+            "capability": capability,
+        }
+    return found
+
+
+def _passes(checks: Sequence[Callable[..., None]], dtype: str, head_size: int) -> bool:
+    """Whether diffusers' *checks* of an attention call pass, asked with what describes a tensor."""
+    import torch
+
+    like = SimpleNamespace(
+        dtype=getattr(torch, dtype),
+        shape=(1, 128, 1, head_size),
+        ndim=4,
+        device=SimpleNamespace(type="cuda"),
+    )
+    try:
+        for check in checks:
+            check(query=like, key=like, value=like, attn_mask=None, is_causal=False)
+    except ValueError:
+        return False
+    return True
 
 
 @functools.cache

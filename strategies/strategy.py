@@ -118,6 +118,17 @@ class Consented(Protocol):
 
 
 @runtime_checkable
+class Conditional(Protocol):
+    """A strategy that some calls rule out, though the component could take it."""
+
+    def unfit(
+        self, component: Component, parameters: Mapping[str, Any], workload: Workload, gpu: Gpu
+    ) -> str | None:
+        """Why the traced call cannot run so on *gpu*, one sentence; None: it can."""
+        ...
+
+
+@runtime_checkable
 class Imitated(Protocol):
     """A load strategy whose ``apply`` the weightless twin cannot or need not go through.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +11,21 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from tests.end_to_end.small_runs import untouched
+from tests.small_pipelines import SMALL_PIPELINES, small_call
 from tests.strategies.described import ADA, decoding, described
 
+from pipefit import predict
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.workload import Component, Kernel, Workload
+from pipefit.errors import InvalidRequest
+from pipefit.planner.catalog import reference_machine
+from pipefit.planner.rehearse import rehearse
 from pipefit.strategies import strategy
+from pipefit.strategies.attention import backend_name
+from pipefit.strategies.strategy import Quality
 
 PRECISION = strategy("precision")
 LAYOUT = strategy("channels_last")
@@ -58,6 +70,20 @@ def flux() -> Any:
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
+
+
+def attending(component: Component, *, dtype: str, masked: bool = False) -> Workload:
+    """Return a workload whose only kernel is an attention with heads of 40."""
+    kernel = Kernel(
+        kind="attention",
+        name="aten._scaled_dot_product_efficient_attention",
+        dtype=dtype,
+        read_bytes=1,
+        write_bytes=1,
+        shape=(1, 2, 64, 64, 40, 40),
+        masked=masked,
+    )
+    return replace(decoding(component), kernels=(kernel,))
 
 
 def applied(one: Any, module: Any, parameters: dict[str, Any]) -> Any:
@@ -188,15 +214,110 @@ def test_attention_that_a_model_cannot_have_is_refused(
     assert message in str(ATTENTION.refusal(described(build()), parameters))
 
 
-def test_xformers_is_refused_with_its_install_command_where_it_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [
+        ("xformers", 'needs `pip install "xformers>='),
+        ("sage", 'needs `pip install "sageattention>='),
+        ("flash_attn", 'needs `pip install "flash-attn>='),
+        ("flash_hub", "needs `pip install kernels`"),
+        ("flash_3", "cannot be used here: .*build FA3"),
+        ("npu", "needs `pip install torch_npu`"),
+        ("flex", "only under torch.compile"),
+    ],
+)
+def test_a_kernel_of_a_missing_package_is_refused_with_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, backend: str, says: str
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for build in (unet, flux):
-        refusal = ATTENTION.refusal(described(build()), {"backend": "xformers"})
-        assert "pip install xformers" in str(refusal)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert ATTENTION.refusal(described(unet()), {"backend": "xformers"}) is None
+    for package in ("XFORMERS", "SAGE", "FLASH"):
+        monkeypatch.setattr(attention_dispatch, f"_CAN_USE_{package}_ATTN", False)
+    monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: False)
+    refusal = ATTENTION.refusal(described(flux()), {"backend": backend})
+    assert re.search(says, str(refusal))
+
+
+@pytest.fixture
+def _every_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let diffusers believe that they are installed; their kernels are not called in a trace."""
+    for package in ("XFORMERS", "SAGE", "FLASH"):
+        monkeypatch.setattr(attention_dispatch, f"_CAN_USE_{package}_ATTN", True)
+
+
+@pytest.mark.usefixtures("_every_package")
+@pytest.mark.parametrize("backend", ["xformers", "sage", "flash_attn", "flash_varlen"])
+def test_a_package_kernel_is_traced_and_priced_and_rehearsed_without_the_package(
+    backend: str,
+) -> None:
+    pipe = SMALL_PIPELINES["flux"]().to(torch.bfloat16)
+    asked = [f"attention:backend={backend}@transformer"]
+    machine = reference_machine(["rtx-4090"])
+    call = small_call("flux")
+    found = predict(pipe, asked, call=call, machine=machine)
+    assert found.latency.call_s > 0
+    rehearsed = rehearse(pipe, found.options, call, machine.gpus[0])
+    for one, other in zip(rehearsed.phases, found.phases, strict=True):
+        assert one.allocated_bytes == pytest.approx(other.allocated_bytes, rel=1e-3)
+    assert {part.processor._attention_backend for part in _attentions(pipe.transformer)} == {None}
+
+
+@pytest.mark.usefixtures("_every_package")
+def test_xformers_is_traced_in_a_unet_too() -> None:
+    pipe, _ = untouched("stable_diffusion")
+    machine = reference_machine(["titan-rtx"])
+    call = small_call("stable_diffusion")
+    found = predict(pipe, ["attention:backend=xformers@unet"], call=call, machine=machine)
+    native = predict(pipe, call=call, machine=machine)
+    phase, without = (next(p for p in one.phases if p.name == "denoise") for one in (found, native))
+    assert phase.allocated_bytes == pytest.approx(without.allocated_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "chip", "says"),
+    [
+        ("flash", "float32", ADA, "does not compute in float32"),
+        ("cudnn", "float32", ADA, "does not compute in float32"),
+        ("efficient", "float32", ADA, None),
+        ("flash", "bfloat16", ADA, None),
+        ("flash", "float16", gpu("turing", (7, 5)), "capability 8.0"),
+        ("sage_qk_int8_pv_fp8_cuda", "bfloat16", ADA, "capability 9.0"),
+        ("flash_3", "bfloat16", ADA, "capability 9.0"),
+        ("sage_blackwell_hub", "bfloat16", gpu("blackwell", (12, 0)), "heads of 40"),
+    ],
+)
+def test_what_a_backend_does_not_take_is_said_before_the_call(
+    backend: str, dtype: str, chip: Gpu, says: str | None
+) -> None:
+    component = described(flux())
+    workload = attending(component, dtype=dtype)
+    found = ATTENTION.unfit(component, {"backend": backend}, workload, chip)
+    assert found is None if says is None else says in str(found)
+
+
+def test_a_mask_rules_out_what_takes_none() -> None:
+    component = described(flux())
+    workload = attending(component, dtype="bfloat16", masked=True)
+    for backend, takes in (("flash", False), ("sage", False), ("cudnn", True), ("xformers", True)):
+        found = ATTENTION.unfit(component, {"backend": backend}, workload, ADA)
+        assert (found is None) == takes, backend
+        assert found is None or "takes no mask" in found
+
+
+def test_asking_for_what_the_call_rules_out_is_refused_before_it_is_traced() -> None:
+    pipe, _ = untouched("flux")
+    call, machine = small_call("flux"), reference_machine(["rtx-4090"])
+    with pytest.raises(InvalidRequest, match="flash does not compute in float32"):
+        predict(pipe, ["attention:backend=flash@transformer"], call=call, machine=machine)
+    with pytest.raises(InvalidRequest, match="applies to no component"):
+        predict(pipe, ["attention:backend=flash"], call=call, machine=machine)
+
+
+def test_every_backend_that_diffusers_has_can_be_named() -> None:
+    values = [one.value for one in attention_dispatch.AttentionBackendName]
+    names = {backend_name(value) for value in values}
+    assert len(names) == len(values)
+    assert names == set(described(flux()).traits["attention_backends"])
+    in_8_bits = {n for n in names if ATTENTION.quality_of({"backend": n}) is Quality.BALANCED}
+    assert in_8_bits == {n for n in names if "sage" in n}
 
 
 @pytest.mark.parametrize(
