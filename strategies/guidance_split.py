@@ -28,6 +28,12 @@ FOLDED = ("encoder_hidden_states", "down_block_additional_residuals",
 """Arguments into whose batch frames may be folded, the halves still one after the other
 (pipelines/animatediff, diffusers 0.42.1)."""
 
+BATCHED = ("sample", "hidden_states", "embed", "cond")
+"""Parts of the names of what differs between the pictures of a batch. HiDream stacks layers in
+front of the batch (pipelines/hidream_image, diffusers 0.42.1) and folds what it is given to the
+batch that it finds: half of it would be computed with all of the prompts, and nothing would fail.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidanceSplit:
@@ -95,13 +101,19 @@ def _batch_of(values: Sequence[Any]) -> int:
 
 
 def _half(value: Any, name: str, batch: int, half: int) -> Any:
-    """Return what one half of the batch gets of an argument: tensors of other sizes are shared."""
+    """Return what one half of the batch gets of an argument: tensors of other sizes are shared.
+
+    Raises:
+        ValueError: if one of them cannot be meant for both.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
         count = value.shape[0] if value.ndim else 0
         if count == batch or (name in FOLDED and count and count % batch == 0):
             return value.narrow(0, half * (count // 2), count // 2)
+        if value.ndim > 2 and count != 1 and any(word in name for word in BATCHED):
+            raise ValueError(f"{name} of shape {tuple(value.shape)} has its batch elsewhere")
         return value
     if isinstance(value, Mapping):
         return {key: _half(one, name, batch, half) for key, one in value.items()}

@@ -24,7 +24,7 @@ from pipefit.strategies.feed_forward_chunking import _inputs
 from pipefit.strategies.strategy import Option, Quality
 
 ROUNDING = 1e-4
-"""Largest difference of a pixel (0 to 1) that smaller batches may make; seen: 2e-6."""
+"""Largest difference of a pixel (0 to 1) that smaller batches may make; seen: 6e-6."""
 
 CASES: Mapping[str, tuple[str, Option]] = {
     f"{name}-{option.strategy}": (name, option)
@@ -54,7 +54,14 @@ APPROXIMATE = ("ltx-decode_chunks", "stable_video_diffusion-decode_chunks")
 """Cases in which frames at the ends of parts do not see their neighbours."""
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("stable_diffusion-", "stable_video_diffusion-", "ltx-")
+
+MARKED = [
+    pytest.param(case, marks=() if case.startswith(QUICK) else pytest.mark.slow) for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", MARKED)
 def test_the_picture_only_rounds_differently(case: str) -> None:
     name, option = CASES[case]
     pipe, expected = untouched(name)
@@ -63,7 +70,6 @@ def test_the_picture_only_rounds_differently(case: str) -> None:
         under = picture(pipe, name)
     assert under.shape == expected.shape
     apart = (under - expected).abs().max()
-    print(case, float(apart))
     if case in APPROXIMATE:
         assert apart > ROUNDING
     else:
@@ -71,7 +77,7 @@ def test_the_picture_only_rounds_differently(case: str) -> None:
     assert differences(before, snapshot(pipe, with_values=True)) == ()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_memory_is_what_is_predicted(case: str) -> None:
     name, option = CASES[case]
     pipe, _ = untouched(name)
@@ -81,7 +87,6 @@ def test_memory_is_what_is_predicted(case: str) -> None:
     plain = predict(pipe, [], call=call, machine=MACHINE)
     phases = zip(predicted.phases, plain.phases, strict=True)
     saved = {p.component: q.activation_bytes - p.activation_bytes for p, q in phases}
-    print(case, saved)
     assert saved[str(option.component)] > 0
 
 
@@ -135,10 +140,7 @@ def test_memory_is_what_is_predicted_where_weights_come_and_go(case: str, placed
     call = small_call(name)
     weights = Option(strategy=placed, component=option.component, parameters=PLACED[placed])
     predicted = predict(pipe, [option, weights], call=call, machine=MACHINE)
-    rehearsed = rehearse(pipe, predicted.options, call, NO_LIBRARIES)
-    check(predicted, rehearsed)
-    for expected, found in zip(predicted.phases, rehearsed.phases, strict=True):
-        print(case, placed, expected.component, expected.seconds, found.seconds)
+    check(predicted, rehearse(pipe, predicted.options, call, NO_LIBRARIES))
 
 
 VIDEO_INPUTS = {(10, 1024, True), (10, 256, True), (2048, 5, False), (512, 5, False)}

@@ -211,6 +211,16 @@ def test_every_argument_that_has_the_batch_is_split_and_nothing_else() -> None:
 
 
 @torch.no_grad()
+def test_embeddings_whose_batch_comes_second_are_not_given_to_both_halves() -> None:
+    module = unet().eval()
+    undo = applied(SPLIT, module, {})
+    stacked = {**arguments(2), "encoder_hidden_states": torch.zeros(5, 2, 7, 32)}
+    with pytest.raises(ValueError, match=r"encoder_hidden_states .* has its batch elsewhere"):
+        module(**stacked)
+    undo()
+
+
+@torch.no_grad()
 def test_a_copy_of_a_split_denoiser_computes_with_its_own_weights() -> None:
     module = unet().eval()
     undo = applied(SPLIT, module, {})
