@@ -126,7 +126,10 @@ def plan(
     def pricings(at: Policy) -> list[Pricing]:
         seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
         check_required(seen[0].workload, at)
-        return [Pricing(s.workload, gpu, load_options=s.load_options) for s in seen]
+        num_cores = machine.host.num_cores
+        return [
+            Pricing(s.workload, gpu, load_options=s.load_options, num_cores=num_cores) for s in seen
+        ]
 
     return decide(
         pricings(policy),
@@ -181,7 +184,9 @@ def predict(
     )
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
     check_required(seen.workload, policy)
-    pricing = Pricing(seen.workload, gpu, load_options=seen.load_options)
+    pricing = Pricing(
+        seen.workload, gpu, load_options=seen.load_options, num_cores=machine.host.num_cores
+    )
     picks = pricing.exactly(policy.required)
     prediction = pricing.prediction(picks, pricing.replay(picks))
     return PredictedCall(
@@ -268,6 +273,7 @@ def verify(
                 budget_bytes=budget_bytes,
                 timeline=kept,
                 in_place=source.is_ours,
+                num_cores=plan.machine.host.num_cores,
             )
         if kept is not None:
             kept.write(Path(str(timeline)))

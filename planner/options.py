@@ -17,7 +17,7 @@ from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import Attention, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Streaming
+from pipefit.cost_models.placement import ModelOffload, OnHost, Placement, Resident, Streaming
 from pipefit.cost_models.prediction import (
     Choice,
     DevicePeak,
@@ -171,14 +171,19 @@ class Pricing:
     """Prices every candidate of one workload on one GPU; memory and time are worked out once."""
 
     def __init__(
-        self, workload: Workload, gpu: Gpu, *, load_options: Sequence[Option] = ()
+        self,
+        workload: Workload,
+        gpu: Gpu,
+        *,
+        load_options: Sequence[Option] = (),
+        num_cores: int = 1,
     ) -> None:
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
         """Options that made this workload out of the user's pipeline: a cast."""
         self.memory = MemoryModel(workload, gpu)
-        self.latency = LatencyModel(workload, gpu)
+        self.latency = LatencyModel(workload, gpu, num_cores=num_cores)
         self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
 
@@ -294,7 +299,9 @@ class Pricing:
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
-            host_bytes=host.pageable_bytes + host.pinned_bytes,
+            host_bytes=host.pageable_bytes
+            + host.pinned_bytes
+            + self._host_activation_bytes(component.name, placement),
             pinned_bytes=host.pinned_bytes,
             quality_rank=max(option_quality(o).rank for o in (*options, *self.load_options)),
             num_strategies=len(counted),
@@ -380,6 +387,10 @@ class Pricing:
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
             stored_bytes=self._stored_bytes(),
+            activation_bytes=max(
+                self._host_activation_bytes(name, pick.choice.placement) if pick else 0
+                for name, pick in picks.items()
+            ),
         )
         worst = max(peaks, key=lambda p: p.promised_bytes)
         loading_bytes = self.memory.loading_bytes()
@@ -407,6 +418,14 @@ class Pricing:
                 *_host_notes(host),
             ),
         )
+
+    def _host_activation_bytes(self, component: str, placement: Placement) -> int:
+        """Return what the largest call of *component* takes, where the CPU computes it."""
+        if not isinstance(placement, OnHost):
+            return 0
+        ordinals = (n for p in self.workload.phases if p.component == component for n in p.calls)
+        routines = {self._root_calls[ordinal][1] for ordinal in ordinals}
+        return max(self.memory.activation_peak(one).activation_bytes for one in routines)
 
     def _stored_bytes(self) -> dict[str, int]:
         """Return what lies on disk for the components that are cast to 16 bits after it is read."""

@@ -17,6 +17,7 @@ from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
+from pipefit.strategies.text_encoder_on_cpu import TextEncoderOnCpu
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
 
@@ -29,6 +30,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     VaeSlicing(),
     VaeTiling(),
     GroupOffload(),
+    TextEncoderOnCpu(),
     Resident(),
     Streaming(),
     ModelOffload(),
@@ -36,8 +38,9 @@ BUILT_IN: tuple[Strategy, ...] = (
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 
-Group offload comes before resident, so that weights leave the GPU before others arrive. To add a
-strategy: a file here, a line in this tuple, a row in tests/strategies/test_contract.py.
+Group offload and what is left to the CPU come before resident, so that weights leave the GPU before
+others arrive. To add a strategy: a file here, a line in this tuple, a row in
+tests/strategies/test_contract.py.
 """
 
 

@@ -96,6 +96,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         ),
         {**BLOCKS, **STREAM},
     ),
+    "text_encoder_on_cpu": ({},),
     "resident": ({},),
     "streaming": (
         {**SOME_STAY, "when_idle": "leave"},
@@ -175,7 +176,8 @@ def on_half(name: str, first: int, option: Option) -> list[Option]:
 def pair(name: str, one: Option, other: Option) -> list[Option] | None:
     """Return the two together; two placements on different components; None: they exclude."""
     if not (places(one.strategy) and places(other.strategy)):
-        return None if conflict_of([one, other]) else [one, other]
+        together = set(takers(name, one)) & set(takers(name, other))
+        return None if together and conflict_of([one, other]) else [one, other]
     if any(strategy(o.strategy).kind == "pipeline_placement" for o in (one, other)):
         return None
     return [*on_half(name, 0, one), *on_half(name, 1, other)]
