@@ -15,6 +15,7 @@ from pipefit.strategies.precision import Precision
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
+from pipefit.strategies.step_cache import StepCache
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
 from pipefit.strategies.text_encoder_on_cpu import TextEncoderOnCpu
@@ -25,6 +26,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     Precision(),
     Quantization(),
     LayerwiseCasting(),
+    StepCache(),
     ChannelsLast(),
     Attention(),
     VaeSlicing(),

@@ -10,6 +10,7 @@ the old ``forward`` behind as an instance attribute, which then shadows the clas
 from __future__ import annotations
 
 import dis
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -180,6 +181,38 @@ def read_back_groups(module: Any) -> None:
             weights = load_file(hook.group.safetensors_file_path)
             for key, tensor in hook.group.key_to_tensor.items():
                 tensor.data = weights[key]
+
+
+STEP_CACHE_ATTRIBUTES = ("_cache_config",)
+"""What ``CacheMixin.enable_cache`` writes besides hooks (models/cache_utils.py, diffusers 0.42)."""
+
+
+def reset_step_cache(module: Any) -> None:
+    """Let the step cache on *module* forget the steps that it has seen."""
+    module._reset_stateful_cache()
+
+
+def taylorseer_layers(module: Any, *, lite: bool) -> int:
+    """Return how many outputs below *module* diffusers' TaylorSeer cache would extrapolate."""
+    from diffusers.hooks import taylorseer_cache
+
+    patterns = (
+        taylorseer_cache._PROJ_OUT_IDENTIFIERS
+        if lite
+        else taylorseer_cache._TRANSFORMER_BLOCK_IDENTIFIERS
+    )
+    paths = [path for path, _ in module.named_modules()]
+    return sum(any(re.fullmatch(pattern, path) for pattern in patterns) for path in paths)
+
+
+def enters_cache_context(pipeline_class: type) -> bool:
+    """Return whether a pipeline names its calls for caches: ``model.cache_context(...)``."""
+    return any(
+        "cache_context" in code.co_names
+        for base in pipeline_class.__mro__
+        for function in vars(base).values()
+        for code in _codes(function)
+    )
 
 
 def wanted_in_float32(module: Any) -> tuple[str, ...]:

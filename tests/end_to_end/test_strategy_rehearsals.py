@@ -70,6 +70,10 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"storage_dtype": "float8_e4m3fn"},
         {"storage_dtype": "float8_e5m2"},
     ),
+    "step_cache": (
+        {"disable_cache_before_step": 1, "use_lite_mode": True},
+        {"disable_cache_before_step": 1},
+    ),
     "channels_last": ({},),
     "attention": (
         {"backend": "math"},
