@@ -28,6 +28,7 @@ from typing import TypeGuard
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    OnHost,
     Placement,
     Resident,
     SequentialOffload,
@@ -104,7 +105,7 @@ def host_bytes(component: Component, placement: Placement) -> HostBytes:
             pinned_bytes=packed_bytes if placement.host_memory == "pinned" else 0,
         )
     pageable_bytes = 0 if _is_on_disk(placement) else component.weight_bytes
-    if isinstance(placement, ModelOffload | SequentialOffload):
+    if isinstance(placement, ModelOffload | SequentialOffload | OnHost):
         return HostBytes(pageable_bytes=pageable_bytes)
     if not placement.is_pinned_ahead:
         staged_bytes = _kept_bytes(_staging_blocks(component, placement))
@@ -133,12 +134,14 @@ def host_peak(
     called: Collection[str],
     *,
     stored_bytes: Mapping[str, int] | None = None,
+    activation_bytes: int = 0,
 ) -> HostPeak:
     """Return the largest resident set while *components* are loaded, placed and called.
 
     *components* are in the pipeline's order; those without a placement stay where they were loaded.
     *called* names, in order, those that a call enters. *stored_bytes* is what lies on disk for
-    components that are cast while they are loaded, as float32 files to bfloat16.
+    components that are cast while they are loaded, as float32 files to bfloat16. *activation_bytes*
+    is the most that a call takes which the CPU computes.
     """
     stored = stored_bytes or {}
     held: dict[str, int] = {}
@@ -195,7 +198,7 @@ def host_peak(
         if is_mapped and isinstance(placement, GroupOffload) and not placement.use_stream:
             peak_bytes = _replaced_bytes(_files(component, component.weight_bytes))
         call_bytes = max(call_bytes, others_bytes + peak_bytes)
-    call_bytes = max(call_bytes, sum(held.values()))
+    call_bytes = max(call_bytes, sum(held.values()) + activation_bytes)
     return HostPeak(
         load_bytes=LOADING_PROCESS_BYTES + load_bytes,
         call_bytes=PROCESS_BYTES + call_bytes + _kept_bytes(staging),

@@ -20,6 +20,7 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    OnHost,
     Placement,
     Resident,
     SequentialOffload,
@@ -199,6 +200,8 @@ class MemoryModel:
     def _resting_bytes(self, component: Component, choice: Choice) -> int:
         """Return the traced weights that stay on the GPU right after a call of *component*."""
         placement = choice.placement
+        if isinstance(placement, OnHost):
+            return 0
         if isinstance(placement, SequentialOffload):
             return allocated_bytes(sequential_resident_bytes(component))
         if isinstance(placement, Streaming):
@@ -222,6 +225,8 @@ class MemoryModel:
     def _call_bytes(self, component: Component, choice: Choice, call: _RootCall) -> int:
         """Return weights, activations and workspace of one call at their highest."""
         placement = choice.placement
+        if isinstance(placement, OnHost):
+            return sum(self.timeline.outcome(*self._routine(choice, call)).returned_bytes)
         if isinstance(placement, SequentialOffload):
             peak_bytes = self._streamed(component, choice, call).peak.peak_bytes
             return peak_bytes + self._resting_bytes(component, choice)

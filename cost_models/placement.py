@@ -49,6 +49,11 @@ class GroupOffload:
         return self.use_stream and not self.low_cpu_mem_usage and self.offload_to_disk_path is None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnHost:
+    """All weights stay in host memory, and the CPU computes with them."""
+
+
 MAX_BLOCK_BYTES = 256 * MIB
 """Largest block that is streamed whole; our choice: a copy of half that reaches the link's full
 rate, and two slots of it are small beside the activations of a picture."""
@@ -76,4 +81,4 @@ class Streaming:
     """``workload.call_order``: where modules call others in another order than they list them."""
 
 
-Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming
+Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | OnHost | Streaming

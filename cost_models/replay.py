@@ -27,6 +27,7 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    OnHost,
     Placement,
     Resident,
     SequentialOffload,
@@ -43,7 +44,7 @@ from pipefit.cost_models.residency import (
 )
 from pipefit.cost_models.streaming import streamed_bytes
 from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
-from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload, split_path
+from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload, returned_bytes, split_path
 from pipefit.cost_models.workspace import cublas_bytes, scratch_bytes
 
 REPLAYS_TO_SETTLE = 2
@@ -180,7 +181,12 @@ class Replay:
         num_given = self.workload.routines[index].num_outside
         held = outside[:num_given] if self._hooks_hold(component) else []
         self._held.update(held)
-        results = self._call(index, component, below, outside[:num_given], is_entered=True)
+        if isinstance(choice.placement, OnHost):
+            # Nothing of the call is on the GPU but its results, copied there one by one.
+            results = [self.allocator.allocate(n) for n in returned_bytes(self.workload, index)]
+            held = outside[:num_given]
+        else:
+            results = self._call(index, component, below, outside[:num_given], is_entered=True)
         self._held.clear()
         for block in (*held, *outside[num_given:]):
             self._free(block)

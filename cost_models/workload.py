@@ -256,6 +256,19 @@ def without_numbers(path: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
+def returned_bytes(workload: Workload, routine: int) -> tuple[int, ...]:
+    """Return what a call of *routine* asked for and leaves behind, by buffer of its ``returns``."""
+    found = workload.routines[routine]
+    wanted = set(found.returns)
+    sizes: dict[int, int] = {}
+    for event in found.events:
+        if event[0] == "a" and event[1] in wanted:
+            sizes[event[1]] = event[2]
+        elif event[0] == "c" and not wanted.isdisjoint(event[3]):
+            sizes.update(zip(event[3], returned_bytes(workload, event[1]), strict=True))
+    return tuple(sizes[buffer] for buffer in found.returns)
+
+
 def _called_modules(workload: Workload, component: str) -> set[str]:
     """Return the modules of *component* that are called, and all above them."""
     called: set[str] = set()

@@ -139,7 +139,7 @@ def plan(
     def pricings(at: Policy) -> list[Pricing]:
         seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
         check_required(seen[0].workload, at, gpu)
-        return [_pricing(s, gpu, at, shared) for s in seen]
+        return [_pricing(s, gpu, at, machine, shared) for s in seen]
 
     return decide(
         pricings(policy),
@@ -194,7 +194,7 @@ def predict(
     )
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
     check_required(seen.workload, policy, gpu)
-    pricing = _pricing(seen, gpu, policy)
+    pricing = _pricing(seen, gpu, policy, machine)
     picks = pricing.exactly(policy.required)
     prediction = pricing.prediction(picks, pricing.replay(picks))
     return PredictedCall(
@@ -206,7 +206,9 @@ def predict(
     )
 
 
-def _pricing(seen: Observed, gpu: Gpu, policy: Policy, shared: Shared | None = None) -> Pricing:
+def _pricing(
+    seen: Observed, gpu: Gpu, policy: Policy, machine: Machine, shared: Shared | None = None
+) -> Pricing:
     return Pricing(
         seen.workload,
         gpu,
@@ -214,6 +216,7 @@ def _pricing(seen: Observed, gpu: Gpu, policy: Policy, shared: Shared | None = N
         held_bytes=seen.held_bytes,
         shared=shared,
         process_options=process_options(seen.workload, gpu, policy),
+        num_cores=machine.host.num_cores,
     )
 
 
@@ -292,6 +295,7 @@ def verify(
                 budget_bytes=budget_bytes,
                 timeline=kept,
                 in_place=source.is_ours,
+                num_cores=plan.machine.host.num_cores,
             )
         if kept is not None:
             kept.write(Path(str(timeline)))

@@ -40,7 +40,8 @@ PINNABLE_SHARE = 0.5
 Linux has no such bound, but https://github.com/deepbeepmeep/mmgp stops there as well."""
 
 DEFAULT_NUM_CORES = 8
-"""CPU cores assumed around a catalogue GPU; our choice, nothing in a prediction hangs on it."""
+"""CPU cores assumed around a catalogue GPU; our choice; only what the host computes itself hangs
+on it."""
 
 METAL_SHARES = ((36 * GIB, 2 / 3), (None, 3 / 4))
 """Share of unified memory that Metal lets the GPU use (``recommendedMaxWorkingSetSize``), by the

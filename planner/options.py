@@ -20,6 +20,7 @@ from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
+    OnHost,
     Placement,
     Resident,
     Streaming,
@@ -285,6 +286,7 @@ class Pricing:
         process_options: Sequence[Option] = (),
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
+        num_cores: int = 1,
     ) -> None:
         self.workload = workload
         self.gpu = gpu
@@ -295,7 +297,7 @@ class Pricing:
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
         self.memory = MemoryModel(workload, gpu)
-        self.latency = LatencyModel(workload, gpu, flags_of(process_options))
+        self.latency = LatencyModel(workload, gpu, flags_of(process_options), num_cores=num_cores)
         self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
 
@@ -444,7 +446,8 @@ class Pricing:
             ),
             host_bytes=host.pageable_bytes
             + host.pinned_bytes
-            + self._held_bytes.get(component.name, 0),
+            + self._held_bytes.get(component.name, 0)
+            + self._host_activation_bytes(component.name, placement),
             pinned_bytes=host.pinned_bytes,
             quality_rank=max(option_quality(o).rank for o in options),
             num_strategies=len(counted),
@@ -539,6 +542,10 @@ class Pricing:
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
             stored_bytes=self._stored_bytes(),
+            activation_bytes=max(
+                self._host_activation_bytes(name, pick.choice.placement) if pick else 0
+                for name, pick in picks.items()
+            ),
         )
         compiled = {
             str(option.component): option.parameters
@@ -579,6 +586,14 @@ class Pricing:
                 *_host_notes(host),
             ),
         )
+
+    def _host_activation_bytes(self, component: str, placement: Placement) -> int:
+        """Return what the largest call of *component* takes, where the CPU computes it."""
+        if not isinstance(placement, OnHost):
+            return 0
+        ordinals = (n for p in self.workload.phases if p.component == component for n in p.calls)
+        routines = {self._root_calls[ordinal][1] for ordinal in ordinals}
+        return max(self.memory.activation_peak(one).activation_bytes for one in routines)
 
     def _stored_bytes(self) -> dict[str, int]:
         """Return what lies on disk for the components that are cast to 16 bits after it is read."""
@@ -628,11 +643,11 @@ class Pricing:
 
 
 def _stock_way(placement: Placement) -> str:
-    """Name the way of diffusers that *placement* is; empty for streaming, which is pipefit's.
+    """Name the way of diffusers that *placement* is; empty for what only pipefit does.
 
     Groups are the same way whatever blocks a component has.
     """
-    if isinstance(placement, Streaming):
+    if isinstance(placement, (Streaming, OnHost)):
         return ""
     if isinstance(placement, GroupOffload):
         placement = replace(placement, block_modules=())

@@ -183,6 +183,8 @@ class Recorder(Observer):
         self._with_hooks_below: set[int] = set()
         """Modules (by id) whose submodules have hooks: called inside a component, these may hand
         things past the arguments and the result, as transformers' hidden states."""
+        self._hooked: dict[int, bool] = {}
+        """Module (by id) -> whether something runs in place of its forward, or of one below it."""
         self._memories: dict[Any, _Memory] = {}
         self._value_dependent: set[Any] = set()
         self._changed_components: set[str] = set()
@@ -275,10 +277,12 @@ class Recorder(Observer):
             return function(*args, **kwargs)  # one graph, in which there are no modules
         if self._changed_components and caller is self.root:
             self._notice_changed_weights(path.split(".")[0])
-        structure = self._kind(module, entry) if self.remember else None
+        # What runs in place of a forward may count its calls, as step caches do.
+        is_remembered = self.remember and not self._has_hooks_within(module)
+        structure = self._kind(module, entry) if is_remembered else None
         given = Given(structure in self._value_dependent)
         key = None
-        if self.remember and (caller is self.root or id(module) not in self._with_hooks_below):
+        if is_remembered and (caller is self.root or id(module) not in self._with_hooks_below):
             with contextlib.suppress(Unkeyable):
                 key = (structure, given.key(args), given.key(kwargs))
             memory = self._memories.get(key)
@@ -290,6 +294,7 @@ class Recorder(Observer):
         frame = _Frame(module, path, entry)
         if entry == "forward":
             frame.launcher = self._launcher_of(module)
+        frame.remember = is_remembered or not self.remember
         attributes = module.__dict__.copy()
         self.stack.append(frame)
         try:
@@ -307,7 +312,7 @@ class Recorder(Observer):
         if repeatable is not None and routine not in self.entries:
             dtypes = tuple(tensor.dtype for tensor in _weights(module))
             self.entries[routine] = Entry(entry, *repeatable, dtypes)
-        if frame.value_read:
+        if frame.value_read and is_remembered:
             self._value_dependent.add(structure)
         if key is not None and frame.remember and (given.by_value or not frame.value_read):
             self._store(key, routine, frame, alive, given, output)
@@ -495,9 +500,21 @@ class Recorder(Observer):
             self._structures[id(module)] = number
         return number
 
+    def _has_hooks_within(self, module: torch.nn.Module) -> bool:
+        found = self._hooked.get(id(module))
+        if found is None:
+            found = self._is_hooked(module) or any(map(self._has_hooks_within, module.children()))
+            self._hooked[id(module)] = found
+        return found
+
+    def _is_hooked(self, module: torch.nn.Module) -> bool:
+        """Whether a library has put something in place of the forward of *module*."""
+        return has_other_forward(module)
+
     def forget_structures(self) -> None:
         """Look at all modules again before the next call: somebody has changed some."""
         self._structures.clear()
+        self._hooked.clear()
         self._with_hooks_below.clear()
 
     def _forget_structure(self, module: torch.nn.Module) -> None:
@@ -607,8 +624,11 @@ def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[
 
 def has_own_forward(module: torch.nn.Module) -> bool:
     """Whether something runs with the class's ``forward`` or in its place, as hooks do."""
-    if module._forward_pre_hooks or module._forward_hooks:
-        return True
+    return bool(module._forward_pre_hooks or module._forward_hooks) or has_other_forward(module)
+
+
+def has_other_forward(module: torch.nn.Module) -> bool:
+    """Whether a library has put something in place of the class's ``forward``."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, _Method):
         forward = forward.method

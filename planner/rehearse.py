@@ -50,6 +50,7 @@ def on_stage(
     is_strict: bool = True,
     in_place: bool = False,
     remember: bool = True,
+    num_cores: int = 1,
 ) -> Iterator[Stage]:
     """Open virtual GPUs with a weightless twin of *pipe*, its weights on the CPU.
 
@@ -59,7 +60,7 @@ def on_stage(
     is told what happens when. If not *is_strict*, cached memory is given back at that bound, but it
     may be exceeded. *prepare* may change the twin first, as a load would have made it. With
     *in_place* the pipeline's own modules are converted. With *remember* off every call is executed
-    (slow; for tests).
+    (slow; for tests). *num_cores* are the host's, for what it computes itself.
     """
     gpus = (gpu,) if isinstance(gpu, Gpu) else tuple(gpu)
     budgets = {gpus[0].index: budget_bytes} if isinstance(budget_bytes, int) else budget_bytes
@@ -70,6 +71,7 @@ def on_stage(
         timeline=timeline,
         is_strict=is_strict,
         remember=remember,
+        num_cores=num_cores,
     )
     with stage.machine, shimmed(), torch.no_grad():
         twin = weightless(pipe, stage.machine, device=CPU, in_place=in_place)
@@ -94,6 +96,7 @@ def rehearse(
     is_strict: bool = True,
     in_place: bool = False,
     remember: bool = True,
+    num_cores: int = 1,
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
@@ -121,6 +124,7 @@ def rehearse(
             is_strict=is_strict,
             in_place=in_place,
             remember=remember,
+            num_cores=num_cores,
         ) as stage,
         tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
         apply_options(stage.pipe, _on_twin(options, folder), GPU),

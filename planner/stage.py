@@ -24,7 +24,12 @@ import torch
 from pipefit.cost_models.allocator import Block, CachingAllocator, OutOfCapacity
 from pipefit.cost_models.clock import COMPUTE, GROUP_HOOK_S, TO_GPU, TO_HOST, Clock, Span
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.latency import kernel_seconds, launch_seconds, num_launches
+from pipefit.cost_models.latency import (
+    host_kernel_seconds,
+    kernel_seconds,
+    launch_seconds,
+    num_launches,
+)
 from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Streaming
 from pipefit.cost_models.transfers import (
@@ -151,6 +156,7 @@ class Stage(Recorder):
         timeline: Timeline | None = None,
         is_strict: bool = True,
         remember: bool = True,
+        num_cores: int = 1,
     ) -> None:
         super().__init__(
             [VirtualDevice(gpu.compute_capability or (8, 9), gpu.total_bytes) for gpu in gpus],
@@ -164,6 +170,7 @@ class Stage(Recorder):
         self.links = {frozenset((link.first, link.second)): link for link in links}
         self.clock = Clock()
         self.timeline = timeline
+        self._num_cores = num_cores
         self.pipe: Any = None
         self.placements: Mapping[str, Placement] = {}
         """By component, where known: how weights are page-locked, and what they come back to."""
@@ -179,8 +186,6 @@ class Stage(Recorder):
         self._timed: list[RehearsedPhase] | None = None
         self._marked_s = 0.0
         self._depth = 0
-        self._hooked: dict[int, bool] = {}
-        """Module (by id) -> whether it or one below it has hooks."""
         self._parts: dict[int, list[torch.nn.Module]] = {}
         self._recorded: dict[Block, set[int]] = {}
 
@@ -316,6 +321,19 @@ class Stage(Recorder):
         )
         if self.timeline is not None:
             self.timeline.span(gpu.place, stream, needs.name, span)
+
+    def computed_on_host(
+        self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        self._is_unlike()
+        by_place = launch.kernel
+        if by_place is UNSEEN:
+            by_place = launch.kernel = {}
+        if HOST not in by_place:
+            kernel = kernel_of(func, args, kwargs, out)
+            seconds = 0.0 if kernel is None else host_kernel_seconds(kernel, self._num_cores)
+            by_place[HOST] = seconds
+        self.clock.work(by_place[HOST])
 
     def copied(self, copy: Copy) -> None:
         self._note(("t", copy))
@@ -475,12 +493,8 @@ class Stage(Recorder):
             return function(*args, **kwargs)
         return super().call(module, entry, function, args, kwargs)
 
-    def _has_hooks_within(self, module: torch.nn.Module) -> bool:
-        found = self._hooked.get(id(module))
-        if found is None:
-            found = has_own_forward(module) or any(map(self._has_hooks_within, module.children()))
-            self._hooked[id(module)] = found
-        return found
+    def _is_hooked(self, module: torch.nn.Module) -> bool:
+        return has_own_forward(module)
 
     def _kind(self, module: torch.nn.Module, entry: str) -> Any:
         """Return what makes calls alike, with where the weights are now: hooks move them."""
@@ -600,7 +614,6 @@ class Stage(Recorder):
 
     def forget_structures(self) -> None:
         super().forget_structures()
-        self._hooked.clear()
         self._parts.clear()
 
     def _own_weights(self, name: str, module: torch.nn.Module) -> None:

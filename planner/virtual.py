@@ -256,6 +256,8 @@ class VirtualMachine:
         out = self._materialise(launch.outputs, home, is_written=not operator.is_uninitialised)
         if home is not None and home.type == "cuda":
             self.observer.launched(launch, func, args, kwargs, out)
+        elif home == CPU:
+            self.observer.computed_on_host(launch, func, args, kwargs, out)
         if operator.fill is not None:
             self._fill(out, operator.fill(args, kwargs))
         elif operator.has_values and all(b.value is not None for b in buffers):

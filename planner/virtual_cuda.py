@@ -184,14 +184,14 @@ def _attend(
     columns = value.shape[-1]
     if backend == "efficient" or columns != query.shape[-1]:
         shape = (batch, rows, heads, columns)
-        out = torch.empty(shape, dtype=query.dtype, device=query.device).transpose(1, 2)
+        out = query.new_empty(shape).transpose(1, 2)
     elif backend == "flash":
         out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     else:
         out = torch.empty_like(query)
     keep = None
     if backend == "flash":
-        keep = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
+        keep = query.new_empty((batch, heads, rows), dtype=torch.float32)
     _announce(getattr(aten, f"_scaled_dot_product_{backend}_attention").default,
               (query, key, value, mask), out)  # fmt: skip
     del keep
@@ -199,8 +199,9 @@ def _attend(
 
 
 def _announce(func: Any, args: Any, out: VirtualTensor) -> None:
-    if out.is_cuda:
-        buffer_of(out).machine.observer.launched(Launch(), func, args, {}, out)
+    observer = buffer_of(out).machine.observer
+    tell = observer.launched if out.is_cuda else observer.computed_on_host
+    tell(Launch(), func, args, {}, out)
 
 
 def _rms_norm(

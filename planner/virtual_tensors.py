@@ -74,6 +74,11 @@ class Observer:
         self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> None: ...
 
+    def computed_on_host(
+        self, launch: Launch, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        """The CPU computes with virtual tensors that lie in host memory."""
+
     def value_read(self, known: bool, func: Any) -> None: ...
 
     def synchronised(self, index: int) -> None:

@@ -448,8 +448,9 @@ def _execute(
             arguments,
             name=source.name,
             traits=traits_of,
-            variants=lambda traced: compute_variants(
-                replace(traced, call={**traced.call, **shown}), gpu, policy
+            variants=lambda traced: _possible_with(
+                load_options,
+                compute_variants(replace(traced, call={**traced.call, **shown}), gpu, policy),
             ),
             apply_variant=_apply_parts,
             is_required=lambda parts: {option.strategy for option in policy.required} >= set(parts),
@@ -460,6 +461,25 @@ def _execute(
     given = {name: workload.call[name] for name in call if name in workload.call}
     versions = {name: found for name, found in library_versions().items() if found}
     return replace(workload, call={**shown, **given}, versions=versions)
+
+
+def _possible_with(
+    load_options: Sequence[Option], variants: Mapping[str, Sequence[Parts]]
+) -> dict[str, list[Parts]]:
+    """Return *variants* without those that what was done to a component rules out."""
+    return {
+        name: [
+            parts
+            for parts in choices
+            if not conflict_of(
+                [
+                    *(option for option in load_options if option.component == name),
+                    *(Option(strategy=key, parameters=parts[key]) for key in parts),
+                ]
+            )
+        ]
+        for name, choices in variants.items()
+    }
 
 
 def described_call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from pipefit.strategies.precision import Precision
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
+from pipefit.strategies.step_cache import StepCache
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
+from pipefit.strategies.text_encoder_on_cpu import TextEncoderOnCpu
 from pipefit.strategies.tf32 import Tf32
 from pipefit.strategies.vae_slicing import VaeSlicing
 from pipefit.strategies.vae_tiling import VaeTiling
@@ -35,6 +37,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     FusedQkv(),
     Quantization(),
     LayerwiseCasting(),
+    StepCache(),
     ChannelsLast(),
     Attention(),
     FeedForwardChunking(),
@@ -44,6 +47,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     DecodeChunks(),
     JitTrace(),
     GroupOffload(),
+    TextEncoderOnCpu(),
     Resident(),
     Streaming(),
     ModelOffload(),
@@ -52,8 +56,9 @@ BUILT_IN: tuple[Strategy, ...] = (
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 
-Group offload comes before resident, so that weights leave the GPU before others arrive. To add a
-strategy: a file here, a line in this tuple, a row in tests/strategies/test_contract.py.
+Group offload and what is left to the CPU come before resident, so that weights leave the GPU before
+others arrive. To add a strategy: a file here, a line in this tuple, a row in
+tests/strategies/test_contract.py.
 """
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -224,6 +225,38 @@ def repeated_blocks(module: Any) -> list[Any]:
     """Return the parts of *module* that ``compile_repeated_blocks`` of diffusers 0.42 compiles."""
     names = getattr(module, "_repeated_blocks", None) or ()
     return [part for part in module.modules() if type(part).__name__ in names]
+
+
+STEP_CACHE_ATTRIBUTES = ("_cache_config",)
+"""What ``CacheMixin.enable_cache`` writes besides hooks (models/cache_utils.py, diffusers 0.42)."""
+
+
+def reset_step_cache(module: Any) -> None:
+    """Let the step cache on *module* forget the steps that it has seen."""
+    module._reset_stateful_cache()
+
+
+def taylorseer_layers(module: Any, *, lite: bool) -> int:
+    """Return how many outputs below *module* diffusers' TaylorSeer cache would extrapolate."""
+    from diffusers.hooks import taylorseer_cache
+
+    patterns = (
+        taylorseer_cache._PROJ_OUT_IDENTIFIERS
+        if lite
+        else taylorseer_cache._TRANSFORMER_BLOCK_IDENTIFIERS
+    )
+    paths = [path for path, _ in module.named_modules()]
+    return sum(any(re.fullmatch(pattern, path) for pattern in patterns) for path in paths)
+
+
+def enters_cache_context(pipeline_class: type) -> bool:
+    """Return whether a pipeline names its calls for caches: ``model.cache_context(...)``."""
+    return any(
+        "cache_context" in code.co_names
+        for base in pipeline_class.__mro__
+        for function in vars(base).values()
+        for code in _codes(function)
+    )
 
 
 def wanted_in_float32(module: Any) -> tuple[str, ...]:

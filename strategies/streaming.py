@@ -205,7 +205,7 @@ class Streaming:
             streamer = Streamer(module, _cut(described, parameters), how, device, disk_path=folder)
             undo.callback(streamer.close)
             for other, part in modules.items():
-                hook = _entry_hook(part, device, undo)
+                hook = entry_hook(part, device, undo)
                 if other == name:
                     told, by = hook.entered, streamer.enter
                     streamer.before_load = hook.leaving
@@ -378,7 +378,7 @@ def _entry_hook_class() -> type:
     return EntryHook
 
 
-def _entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
+def entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
     """Return the hook of *module*, attached now if none is there yet."""
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
     from diffusers import ModelMixin

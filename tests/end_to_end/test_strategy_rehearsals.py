@@ -73,6 +73,10 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"storage_dtype": "float8_e4m3fn"},
         {"storage_dtype": "float8_e5m2"},
     ),
+    "step_cache": (
+        {"disable_cache_before_step": 1, "use_lite_mode": True},
+        {"disable_cache_before_step": 1},
+    ),
     "channels_last": ({},),
     "attention": (
         {"backend": "math"},
@@ -102,6 +106,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         ),
         {**BLOCKS, **STREAM},
     ),
+    "text_encoder_on_cpu": ({},),
     "resident": ({},),
     "streaming": (
         {**SOME_STAY, "when_idle": "leave"},
@@ -181,7 +186,8 @@ def on_half(name: str, first: int, option: Option) -> list[Option]:
 def pair(name: str, one: Option, other: Option) -> list[Option] | None:
     """Return the two together; two placements on different components; None: they exclude."""
     if not (places(one.strategy) and places(other.strategy)):
-        return None if conflict_of([one, other]) else [one, other]
+        together = set(takers(name, one)) & set(takers(name, other))
+        return None if together and conflict_of([one, other]) else [one, other]
     if any(strategy(o.strategy).kind == "pipeline_placement" for o in (one, other)):
         return None
     return [*on_half(name, 0, one), *on_half(name, 1, other)]

@@ -9,6 +9,7 @@ import sys
 import diffusers
 import pytest
 import torch
+import transformers
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.serial import from_json, to_json
@@ -40,6 +41,25 @@ MODULES = {
     "vae": lambda: diffusers.AutoencoderKL(block_out_channels=(32,), sample_size=64),
     "frames": lambda: diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",)
+    ),
+    "text_encoder": lambda: transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    ),
+    "transformer": lambda: diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
     ),
     "head": lambda: torch.nn.Linear(2, 2),
 }
