@@ -167,7 +167,8 @@ def has_effect(pipe: Any, name: str, one: Strategy, parameters: Mapping[str, Any
         one.imitate(twin, name, parameters)
         return _differs(before, _state(twin, name))
     before = list(_state(pipe, name))
-    undo = one.apply(pipe, name, parameters, torch.device("cpu"))
+    place = None if one.kind == "process" else name
+    undo = one.apply(pipe, place, parameters, torch.device("cpu"))
     try:
         return _differs(before, _state(pipe, name))
     finally:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ NOT_ON_A_CPU: Mapping[str, str] = {
     "compile": "it needs a C++ compiler and minutes; what inductor makes for a GPU is other code",
 }
 """Strategies whose pictures on a CPU say nothing -> why."""
+
+STEPS = 4
+"""Denoising steps of a call: enough for what one step leaves to the next to matter."""
 
 WHOLE = ("pipeline_placement", "process")
 """Kinds of strategies that are asked for without a component."""
@@ -73,8 +76,9 @@ def subject(name: str) -> Subject:
     with quietly():
         pipe = SMALL_PIPELINES[name]()
         pipe.set_progress_bar_config(disable=True)
-        several = "num_images_per_prompt"
-        changed = {several: 2} if several in inspect.signature(pipe.__call__).parameters else {}
+        changed = {"num_inference_steps": STEPS}
+        if "num_images_per_prompt" in inspect.signature(pipe.__call__).parameters:
+            changed["num_images_per_prompt"] = 2
         call = {**small_call(name), **changed}
         return Subject(
             name=name,
@@ -220,9 +224,9 @@ BOTH_PLACE = "both place the weights: choose one."
 """What :func:`pipefit.planner.apply.apply_options` says of two placements."""
 
 
-def is_placing(name: str) -> bool:
-    """Whether the strategy decides where weights are."""
-    return strategy(name).kind in ("placement", "pipeline_placement")
+def is_placing(option: Option) -> bool:
+    """Whether *option* decides where weights are."""
+    return strategy(option.strategy).placement(option.parameters) is not None
 
 
 def is_unloaded(name: str) -> bool:
@@ -238,17 +242,17 @@ def pairs() -> tuple[Pair, ...]:
     return tuple(pair(first, second) for first, second in itertools.combinations(names, 2))
 
 
-def pair(first: str, second: str) -> Pair:
-    """Look for one component that takes both, then for one each, pipeline by pipeline."""
+def pair(first: str, second: str, names: Iterable[str] = tuple(SMALL_PIPELINES)) -> Pair:
+    """Look for one component that takes both, then for one each, in the pipelines *names*."""
     excluded, refused = "", None
-    for name in SMALL_PIPELINES:
+    for name in names:
         for one, other, reason in _on_one_component(first, second, name):
             if not reason:
                 both = name, (one, other)
                 return Pair(first=first, second=second, together=both, excluded="", refused=None)
             if refused is None:
                 excluded, refused = reason, (name, (one, other))
-    apart_ = _on_two_components(first, second)
+    apart_ = _on_two_components(first, second, names)
     return Pair(first=first, second=second, together=apart_, excluded=excluded, refused=refused)
 
 
@@ -259,7 +263,7 @@ def _on_one_component(first: str, second: str, name: str) -> Iterator[tuple[Opti
         for one in _options(first, name, component):
             for other in _options(second, name, component):
                 reason = conflict_of([one, other])
-                if is_placing(first) and is_placing(second):
+                if is_placing(one) and is_placing(other):
                     reason = BOTH_PLACE
                 elif not reason and is_unloaded(first):
                     loaded = _loaded(name, component, one)
@@ -267,11 +271,13 @@ def _on_one_component(first: str, second: str, name: str) -> Iterator[tuple[Opti
                 yield one, other, impersonal(reason or "", described.class_name)
 
 
-def _on_two_components(first: str, second: str) -> tuple[str, tuple[Option, Option]] | None:
+def _on_two_components(
+    first: str, second: str, names: Iterable[str]
+) -> tuple[str, tuple[Option, Option]] | None:
     """Return a pipeline with a component for each of the two, the largest ones if possible."""
     if any(strategy(name).kind in WHOLE for name in (first, second)):
         return None
-    for name in SMALL_PIPELINES:
+    for name in names:
         components = subject(name).components
         largest = sorted(components, key=lambda part: -components[part].weight_bytes)
         for part, rest in itertools.permutations(largest, 2):

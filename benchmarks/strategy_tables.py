@@ -21,6 +21,7 @@ from tests.small_pipelines import SMALL_PIPELINES
 
 from benchmarks.strategy_catalogue import APPLIES, NO_EFFECT, Asked, ask_catalogue
 from benchmarks.strategy_pictures import (
+    STEPS,
     Measured,
     Pair,
     forms,
@@ -86,7 +87,7 @@ better, 6 dB are half the error), each of the pipeline where it is worst.
 
 Read the figures as an order, not as what you will see. The pipelines are made of the libraries' own
 classes, with a few narrow layers and random weights (seed 0), computed in float32 and called for
-two steps at 32 to 64 pixels: {pipelines}.
+{steps} steps at 32 to 64 pixels: {pipelines}.
 Trained weights make less of a rounding error, and a tile's seam shows less in a picture of a
 thousand pixels than here, where four tiles make a picture. And against float32 bfloat16 is a large
 step, which a pipeline that is loaded in bfloat16 has taken already.
@@ -216,13 +217,14 @@ def together(paired: Sequence[Pair]) -> str:
 def _pair_cell(pair: Pair, reasons: list[str]) -> str:
     if pair.shares_component:
         return YES
-    reason = _number(_sentence(pair.excluded), reasons) if pair.excluded else ""
+    reason = _number(sentence(pair.excluded), reasons) if pair.excluded else ""
     if pair.together is None:
         return reason or NOTHING
     return f"{APART} {reason}".strip()
 
 
-def _sentence(reason: str) -> str:
+def sentence(reason: str) -> str:
+    """Return *reason* with a capital."""
     return reason[0].upper() + reason[1:]
 
 
@@ -253,7 +255,7 @@ def pictures(rows: Sequence[Measured]) -> str:
         for one in BUILT_IN
         if one.name not in seen
     ]
-    head = PICTURES.format(pipelines=", ".join(SMALL_PIPELINES), margin=MARGIN_DB)
+    head = PICTURES.format(pipelines=", ".join(SMALL_PIPELINES), steps=STEPS, margin=MARGIN_DB)
     versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "diffusers", "transformers"))
     foot = f"Measured with {versions} on {platform.machine()}."
     return "\n\n".join(filter(None, [head, "\n".join(lines), "\n".join(notes), foot]))

@@ -159,6 +159,8 @@ def test_a_backend_is_named_in_one_model_and_not_in_the_process() -> None:
     assert {part.processor._attention_backend for part in _attentions(other)} == {None}
     undo()
     assert {part.processor._attention_backend for part in _attentions(module)} == {None}
+    # It was the class that said so.
+    assert not any("_attention_backend" in vars(part.processor) for part in _attentions(module))
 
 
 @pytest.mark.parametrize("parameters", [{"slicing": 1}, {"slicing": "auto"}, {"backend": "math"}])
