@@ -46,14 +46,11 @@ TO_EXERCISE: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"storage_dtype": "float8_e5m2"},
     ),
     "attention": ({"backend": "math"}, {"slicing": 1}),
-    "vae_tiling": ({"tile_px": 32},),
     "decode_chunks": ({"num_frames": 4},),
     "device_map": ({"device": 1},),
-    "streaming": ({"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10},),
 }
 """Parameters of strategies that cannot do without, or whose quality depends on them; everything
-else is exercised with what it offers itself, or without parameters. 32 px is half the picture of
-the small pipelines, and 16 KiB a block of theirs."""
+else is exercised with what it offers itself, or without parameters."""
 
 MACHINE_S_OWN = "pip install"
 """What a refusal says if a package is missing here: that is no matter of the component."""

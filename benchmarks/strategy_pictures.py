@@ -3,7 +3,8 @@
 The pipelines are those of ``tests/small_pipelines.py``: the libraries' own classes, few and narrow
 layers, seeded random weights in float32. Where a call takes a number of pictures, it makes two, so
 that a batch can be divided. Which parameters a strategy is exercised with, it says itself
-(``options`` after a trace of the same call); ``TO_EXERCISE`` adds what it does not offer.
+(``options`` after a trace of the same call); ``TO_EXERCISE`` and ``SMALL`` add what it does not
+offer.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ NOT_ON_A_CPU: Mapping[str, str] = {
     "compile": "it needs a C++ compiler and minutes; what inductor makes for a GPU is other code",
 }
 """Strategies whose pictures on a CPU say nothing -> why."""
+
+SMALL: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "vae_tiling": ({"tile_px": 32},),
+    "streaming": ({"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10},),
+}
+"""More parameters to exercise, of the size of the small pipelines: 32 px is half a picture's side,
+16 KiB one of several blocks."""
 
 STEPS = 4
 """Denoising steps of a call: enough for what one step leaves to the next to matter."""
@@ -94,7 +102,7 @@ def forms(name: str, component: Component, workload: Workload) -> list[Mapping[s
     """Return the parameters to exercise the strategy *name* with on *component*; none: refused."""
     one = strategy(name)
     offered = list(one.options(component, workload, ON_THE_CPU))
-    tried = [*TO_EXERCISE.get(name, ()), *offered]
+    tried = [*TO_EXERCISE.get(name, ()), *SMALL.get(name, ()), *offered]
     found: list[Mapping[str, Any]] = []
     for parameters in tried or [{}]:
         if parameters not in found and one.refusal(component, parameters) is None:
@@ -297,6 +305,18 @@ def _options(name: str, pipeline: str, component: str) -> tuple[Option, ...]:
         Option(strategy=name, component=component, parameters=parameters)
         for parameters in forms(name, about.components[component], about.workload)
     )
+
+
+def spread(option: Option, pipeline: str) -> list[Option]:
+    """Return *option* on every component that takes it, if it says how weights are stored.
+
+    Of one component alone pipelines may not expect it: they hand on what the others make.
+    """
+    if strategy(option.strategy).kind != "load":
+        return [option]
+    about = subject(pipeline)
+    text = label(option.strategy, option.parameters, about.components)
+    return everywhere(option.strategy, about)[text]
 
 
 def _loaded(name: str, component: str, option: Option) -> Component:

@@ -53,8 +53,8 @@ on the call and the GPU, and `pipefit plan` says it."""
 WHERE = """\
 ## Where each goes
 
-Every component class of the catalogue's {num_pipelines} pipelines, built without weights in
-float32. Classes of which all strategies say the same share a column and are listed below the table.
+Every component class of the catalogue's {num_pipelines} pipelines, in float32 and without weights.
+Classes of which all strategies say the same share a column and are listed below the table.
 
 - {YES}: it applies. The search may choose it, or it is done when asked for (`--with`).
 - {NOTHING}: no effect. It can be put on, and everything about the component (tensors, layouts,
@@ -207,7 +207,7 @@ def together(paired: Sequence[Pair]) -> str:
     note = ""
     if unloaded:
         note = (
-            f"\n\nA pair with {' or '.join(unloaded)} is for a pipeline that is yet to be loaded: "
+            f"\n\nA pair with {' or '.join(unloaded)} is for a pipeline that is yet to be loaded:\n"
             "it is rehearsed and not applied."
         )
     head = TOGETHER.format(YES=YES, APART=APART, NOTHING=NOTHING, unloaded=note)
@@ -224,7 +224,14 @@ def _pair_cell(pair: Pair, reasons: list[str]) -> str:
 
 
 def sentence(reason: str) -> str:
-    """Return *reason* with a capital."""
+    """Return *reason* as it begins a line: a strategy's name as code, or a capital.
+
+    >>> sentence("attention cannot be had.")
+    '`attention` cannot be had.'
+    """
+    first, _, rest = reason.partition(" ")
+    if any(one.name == first for one in BUILT_IN):
+        return f"`{first}` {rest}"
     return reason[0].upper() + reason[1:]
 
 

@@ -23,6 +23,7 @@ from benchmarks.strategy_pictures import (
     apart,
     measure,
     pair,
+    spread,
     subject,
     unmeasured,
 )
@@ -53,7 +54,7 @@ FLOOR_DB = {"identical": math.inf} | {
 }
 """Label -> the least PSNR of a picture under it."""
 
-QUICK_PIPELINES = ("flux", "stable_diffusion_xl")
+QUICK_PIPELINES = ("flux",)
 """In which every strategy is measured in the fast suite."""
 
 QUICK_PAIRS = {
@@ -63,7 +64,7 @@ QUICK_PAIRS = {
     ("attention", "streaming"),
     ("group_offload", "resident"),
 }
-"""Pairs that are applied in the fast suite, where the strategies' tables have them."""
+"""Pairs of the fast suite, which looks for them in one pipeline."""
 
 
 def marks(is_quick: bool) -> tuple[pytest.MarkDecorator, ...]:
@@ -122,16 +123,20 @@ ROUNDING_DB = 100.0
     ],
 )
 def test_a_pair_goes_together_or_says_why_not(first: str, second: str) -> None:
-    found = pair(first, second)
+    is_quick = (first, second) in QUICK_PAIRS
+    found = pair(first, second, ["stable_diffusion"] if is_quick else SMALL_PIPELINES)
     if found.refused is not None:
         _is_refused(found)
     if found.together is None:
         if found.refused is None:
             pytest.skip("no small pipeline has components that take both")
-    elif found.is_unloaded:
-        _is_rehearsed(*found.together)
+        return
+    name, options = found.together
+    parts = [spread(o, name) if found.shares_component else [o] for o in options]
+    if found.is_unloaded:
+        _is_rehearsed(name, [option for part in parts for option in part])
     else:
-        _is_applied_and_undone(*found.together)
+        _is_applied_and_undone(name, parts)
 
 
 def _is_refused(found: Pair) -> None:
@@ -157,7 +162,7 @@ def _ask(pipe: Any, name: str, options: Sequence[Option], *, is_loaded: bool) ->
         predict(pipe, options, call=small_call(name), machine=MACHINE)
 
 
-def _is_rehearsed(name: str, options: tuple[Option, Option]) -> None:
+def _is_rehearsed(name: str, options: Sequence[Option]) -> None:
     """What is for a pipeline yet to be loaded is refused by a loaded one and rehearsed."""
     pipe = subject(name).pipe
     predicted = predict(pipe, options, call=small_call(name), machine=MACHINE)
@@ -166,24 +171,25 @@ def _is_rehearsed(name: str, options: tuple[Option, Option]) -> None:
         apply_options(pipe, options, "cpu")
 
 
-def _is_applied_and_undone(name: str, options: tuple[Option, Option]) -> None:
+def _is_applied_and_undone(name: str, parts: Sequence[Sequence[Option]]) -> None:
     about = subject(name)
+    # The order is the strategies', whatever the order of asking.
+    options = [option for part in reversed(parts) for option in part]
     before = snapshot(about.pipe, with_values=True)
     if any(unmeasured(option.strategy) for option in options):
         with apply_options(about.pipe, options, "cpu"):
             pass
     else:
-        # The order is the strategies', whatever the order of asking.
-        _is_as_promised(about, options, about.picture_with(options[::-1]))
+        _is_as_promised(about, parts, about.picture_with(options))
     assert differences(before, snapshot(about.pipe, with_values=True)) == ()
     assert torch.equal(about.picture(), about.expected)
 
 
-def _is_as_promised(about: Subject, options: tuple[Option, Option], under: torch.Tensor) -> None:
+def _is_as_promised(about: Subject, parts: Sequence[Sequence[Option]], under: torch.Tensor) -> None:
     """An exact strategy changes no bit of the other's picture; what two lose adds up at most."""
-    rounding = [option for option in options if quality_of(option) is not Quality.EXACT]
-    alone = [about.picture_with([option]) for option in rounding]
-    if len(rounding) < len(options):
+    rounding = [part for part in parts if quality_of(part[0]) is not Quality.EXACT]
+    alone = [about.picture_with(part) for part in rounding]
+    if len(rounding) < len(parts):
         assert torch.equal(under, alone[0] if alone else about.expected)
         return
     errors = (10 ** (-apart(picture, about.expected)[1] / 20) for picture in alone)
