@@ -143,17 +143,16 @@ def hook_restorer(module: Any) -> Restore:
 def processor_restorer(module: Any) -> Restore:
     """Remember each attention processor and the backend it names; the result puts both back."""
     before = [
-        (part, part.processor, getattr(part.processor, "_attention_backend", None))
+        (part, part.processor, attribute_restorer(part.processor, ("_attention_backend",)))
         for part in module.modules()
         if getattr(part, "processor", None) is not None
     ]
 
     def restore() -> None:
-        for part, processor, backend in before:
+        for part, processor, restore_backend in before:
             if part.processor is not processor:
                 part.set_processor(processor)
-            if hasattr(processor, "_attention_backend"):
-                processor._attention_backend = backend
+            restore_backend()
 
     return restore
 

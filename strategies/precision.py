@@ -39,7 +39,8 @@ class Precision:
     quality: Quality = Quality.HIGH
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """The dtype of most of the weights, and whether float16 overflows."""
+        """The dtype of most of the weights, and whether pipelines cast them up (layerwise casting
+        asks)."""
         num_bytes: Counter[str] = Counter()
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -63,18 +64,17 @@ class Precision:
         return () if self.refusal(component, parameters) else (parameters,)
 
     def refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
-        """Dtypes that are none of ours, and float16 for an autoencoder that overflows in it."""
+        """Dtypes that are none of ours.
+
+        An autoencoder that overflows in float16 takes it all the same: its pipeline casts it back
+        for each picture, and hands it float16 latents if it was not cast with the others.
+        """
         wrong = unknown_parameter(self.name, parameters, ("dtype",))
         if wrong:
             return wrong
         dtype = parameters.get("dtype")
         if dtype not in DTYPES:
             return f"precision:dtype is one of {', '.join(DTYPES)}, but was {dtype!r}."
-        if dtype == "float16" and component.traits.get("force_upcast"):
-            return (
-                f"{component.class_name} overflows in float16 (force_upcast in its config), and "
-                "the pipeline would cast it back to float32 for every picture: use bfloat16."
-            )
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> None:

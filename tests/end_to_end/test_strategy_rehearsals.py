@@ -222,14 +222,6 @@ def described(parameters: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in parameters.items())
 
 
-def fails_anyway(name: str, option: Option) -> bool:
-    """Whether the pipeline itself fails in float16: its autoencoder stays in float32, and what it
-    is given does not (StableDiffusionXLPipeline casts only an autoencoder in float16)."""
-    if option.parameters.get("dtype") != "float16":
-        return False
-    return "vae" not in takers(name, option)
-
-
 SINGLES = [
     pytest.param(
         name,
@@ -269,8 +261,6 @@ def test_a_strategy_needs_what_is_predicted(name: str, option: Option) -> None:
         with pytest.raises(InvalidRequest, match="applies to no component"):
             both(name, [option])
         return
-    if fails_anyway(name, option):
-        pytest.skip("the pipeline's own call fails in this dtype")
     check(*both(name, [option]))
 
 
