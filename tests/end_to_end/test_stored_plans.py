@@ -15,7 +15,12 @@ from pipefit.cost_models.machine import Gpu
 from pipefit.errors import NoPlanFits
 from pipefit.planner.api import verify
 from pipefit.planner.catalog import reference_machine
-from pipefit.strategies.strategy import Quality
+from pipefit.planner.decide import Candidates
+from pipefit.planner.options import Pricing
+from pipefit.planner.policy import Policy
+from pipefit.planner.search import Limits
+from pipefit.planner.workloads import observe
+from pipefit.strategies.strategy import Option, Quality
 
 NO_LIBRARIES = Gpu(name="cpu", architecture="cpu", total_bytes=1 << 40, free_bytes=1 << 40)
 """Without workspaces: next to those of cuBLAS, small pipelines are nothing."""
@@ -99,3 +104,28 @@ def test_the_better_quality_is_planned_where_it_fits_as_well(
     high, balanced = (_planned(pipe, roomy, q) for q in (Quality.HIGH, Quality.BALANCED))
     assert balanced.options == high.options
     assert balanced.prediction.latency == high.prediction.latency
+
+
+def test_weights_whose_loading_breaks_the_budget_leave_the_other_ways(pipe: Any) -> None:
+    int8 = {"backend": "bitsandbytes", "type": "int8"}
+    asked = Option(strategy="quantization", component="transformer", parameters=int8)
+    policy = Policy(
+        budget_bytes={0: 1 << 40}, quality=Quality.LOW, forbidden=("layerwise_casting",)
+    )
+    ways = [
+        observe(pipe, CALL, gpu=NO_LIBRARIES, policy=replace(policy, required=required))[-1]
+        for required in ((), (asked,))
+    ]
+    plain, packed = (
+        Pricing(one.workload, NO_LIBRARIES, load_options=one.load_options) for one in ways
+    )
+    candidates = Candidates([plain, packed], policy)
+    loading_bytes = packed.memory.loading_bytes()
+    left = candidates.loadable(loading_bytes - 1)
+    assert left == Candidates([plain], policy).problems
+    assert candidates.loadable(loading_bytes) == candidates.problems
+    alone = Candidates([packed], policy)
+    assert alone.best(Limits(budget_bytes=loading_bytes - 1)) is None
+    held = alone.smallest(Limits())
+    assert held is not None
+    assert held.promised_bytes >= loading_bytes

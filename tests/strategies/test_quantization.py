@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tests.small_pipelines import SMALL_PIPELINES, small_call
-from tests.strategies.described import described
+from tests.strategies.described import ADA, decoding, described
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,9 +21,11 @@ from pipefit import plan, predict
 from pipefit.cost_models.allocator import block_bytes
 from pipefit.cost_models.storage import TYPES, stored_weight
 from pipefit.cost_models.units import GIB, format_bytes
+from pipefit.cost_models.workload import Phase
 from pipefit.errors import NoPlanFits, UnsupportedPipeline
 from pipefit.planner.catalog import reference_machine
 from pipefit.strategies import quality_of, strategy
+from pipefit.strategies.quantization import PACKAGES
 from pipefit.strategies.quantized_linear import QuantizedLinear
 from pipefit.strategies.strategy import Option, Quality
 
@@ -327,3 +331,32 @@ def test_a_budget_below_what_loading_needs_is_not_planned_for() -> None:
         "flux.1-dev", smallest_bytes, machine=machine, quality="low", with_=asked, rehearse=False
     )
     assert fits.prediction.peak_vram[0].process_bytes <= smallest_bytes
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_a_backend_that_is_missing_is_said_with_what_to_install(backend: str) -> None:
+    module, package = PACKAGES[backend]
+    try:
+        importlib.import_module(module)
+        missing = ""
+    except ImportError:
+        missing = package
+    parameters = {"backend": backend, "type": TYPES[backend][0]}
+    assert QUANTIZATION.missing_package(parameters) == missing  # type: ignore[attr-defined]
+    before = described(t5())
+    note = QUANTIZATION.note(parameters, before, before)  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedPipeline) as caught:
+        QUANTIZATION.apply(None, "transformer", parameters, "cpu")
+    for text in (note, str(caught.value)):
+        assert (f"`pip install {package}`" in text) == bool(missing)
+
+
+def test_one_type_of_each_width_is_offered_for_nvidia_alone() -> None:
+    component = described(flux())
+    phase = Phase(name="denoise", component="part", entry="forward", calls=(0,))
+    workload = replace(decoding(component), phases=(phase,))
+    offered = QUANTIZATION.options(component, workload, ADA)
+    assert [one["type"] for one in offered] == ["int8_weight_only", "nf4"]
+    assert not QUANTIZATION.options(component, workload, replace(ADA, compute_capability=None))
+    stored = described(quantized(flux(), backend="torchao", type="int8_weight_only"))
+    assert not QUANTIZATION.options(stored, workload, ADA)
