@@ -11,7 +11,6 @@ import pytest
 from tests.small_pipelines import flux, small_call, stable_diffusion
 
 from pipefit.errors import InvalidRequest, UnknownName
-from pipefit.planner.api import _lower_levels
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.options import Pricing, Shared
 from pipefit.planner.policy import Policy, parse_strategy_spec
@@ -122,11 +121,6 @@ def test_what_is_asked_of_the_load_is_in_every_workload() -> None:
 def test_what_cannot_be_stored_so_is_refused(specs: list[str], error: Any, says: str) -> None:
     with pytest.raises(error, match=says):
         _observed(*specs)
-
-
-def test_a_level_at_which_nothing_is_offered_is_not_traced() -> None:
-    assert _lower_levels(Quality.HIGH) == []
-    assert _lower_levels(Quality.EXACT) == [Quality.HIGH]
 
 
 def test_a_cast_that_the_call_does_not_survive_is_not_offered() -> None:
