@@ -506,7 +506,8 @@ def _reason(option: Option, best: Configuration) -> str:
     if abs(gained_s) >= 5e-4:
         verb = "saves" if gained_s > 0 else "costs"
         parts.append(f"{verb} {format_seconds(abs(gained_s))} a call")
-    return (" and ".join(parts) or "Makes no difference here") + "."
+    said = " and ".join(parts) or "Makes no difference here"
+    return f"{said[0].upper()}{said[1:]}."
 
 
 def _without(
