@@ -586,7 +586,7 @@ LIMITS = """\
 - Streaming is taken as the larger of arithmetic and copies over the whole forward. By leaves,
   layers with much arithmetic and few weights, attention above all, overlap worse (LTX-Video).
 - The power cap of small cards is known from the T4 only and applied up to 75 W.
-- `torch.compile` and quantised arithmetic are not modelled yet.
+- Quantised arithmetic is not modelled yet, and `torch.compile` as far as docs/compile.md says.
 """
 
 

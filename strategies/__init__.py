@@ -58,7 +58,7 @@ BUILT_IN: tuple[Strategy, ...] = (
 
 Group offload and what is left to the CPU come before resident, so that weights leave the GPU before
 others arrive. To add a strategy: a file here, a line in this tuple, a row in
-tests/strategies/test_contract.py.
+tests/strategies/test_contract.py, and docs/strategies.md written anew.
 """
 
 
