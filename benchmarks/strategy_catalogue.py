@@ -48,6 +48,8 @@ TO_EXERCISE: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "attention": ({"backend": "math"}, {"slicing": 1}),
     "decode_chunks": ({"num_frames": 4},),
     "device_map": ({"device": 1},),
+    "feed_forward_chunking": ({"chunk_size": 1},),
+    "step_cache": ({"cache_interval": 2, "disable_cache_before_step": 1},),
 }
 """Parameters of strategies that cannot do without, or whose quality depends on them; everything
 else is exercised with what it offers itself, or without parameters."""
