@@ -31,6 +31,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Split,
     Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
@@ -577,7 +578,7 @@ class LatencyModel:
     def _transfer(self, component: Component, routine: int, placement: Placement) -> _Transfer:
         """What one call of *routine* copies."""
         match placement:
-            case Resident() | ModelOffload() | Streaming():
+            case Resident() | ModelOffload() | Streaming() | Split():
                 return _Transfer()
             case SequentialOffload():
                 groups = self._groups(component, placement)

@@ -76,4 +76,13 @@ class Streaming:
     """``workload.call_order``: where modules call others in another order than they list them."""
 
 
-Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A component's blocks lie on several GPUs: accelerate's ``dispatch_model``."""
+
+    blocks: tuple[tuple[int, int], ...]
+    """(index of a GPU, how many of the blocks lie there), in the order in which the blocks are
+    called; what is no block lies on the first. See ``cost_models/devices.py``."""
+
+
+Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | Streaming | Split

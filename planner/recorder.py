@@ -45,9 +45,7 @@ from pipefit.planner.virtual_tensors import (
     VirtualTensor,
     buffer_of,
 )
-
-ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
-"""Methods besides ``forward`` by which pipelines enter a component."""
+from pipefit.strategies.live import ENTRY_METHODS
 
 TILE_METHODS = ("blend_v", "blend_h", "blend_t")
 """Methods of tiled autoencoders that loop over rows of a seam; remembered like module calls.
@@ -529,20 +527,23 @@ def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[
                 attributes["forward"] = own
 
     torch.nn.Module.__call__ = call_module  # type: ignore[method-assign]
-    wrapped: list[tuple[Any, str]] = []
+    wrapped: list[tuple[Any, str, Any]] = []
     try:
         for component in components:
             for name in (*ENTRY_METHODS, *TILE_METHODS):
                 method = getattr(component, name, None)
-                if callable(method) and name not in component.__dict__:
+                own = component.__dict__.get(name)
+                if callable(method) and not isinstance(own, _Method):
                     # Not setattr: a module's setattr looks for parameters first.
                     component.__dict__[name] = _Method(call, component, name, method)
-                    wrapped.append((component, name))
+                    wrapped.append((component, name, own))
         yield
     finally:
         torch.nn.Module.__call__ = original  # type: ignore[method-assign]
-        for component, name in wrapped:
+        for component, name, own in wrapped:
             component.__dict__.pop(name, None)
+            if own is not None:
+                component.__dict__[name] = own
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from pipefit.errors import UnknownName
 from pipefit.strategies.attention import Attention
 from pipefit.strategies.channels_last import ChannelsLast
+from pipefit.strategies.device_map import DeviceMap
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
@@ -28,6 +29,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     Attention(),
     VaeSlicing(),
     VaeTiling(),
+    DeviceMap(),
     GroupOffload(),
     Resident(),
     Streaming(),
@@ -36,7 +38,8 @@ BUILT_IN: tuple[Strategy, ...] = (
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 
-Group offload comes before resident, so that weights leave the GPU before others arrive. To add a
+The device map comes before what places weights, which goes by its hooks; group offload before
+resident, so that weights leave the GPU before others arrive. To add a
 strategy: a file here, a line in this tuple, a row in tests/strategies/test_contract.py.
 """
 

@@ -24,6 +24,12 @@ ACCELERATE_HOOK = "_hf_hook"
 DIFFUSERS_HOOKS = "_diffusers_hook"
 """Attribute in which diffusers 0.42 keeps a module's ``HookRegistry`` (hooks/hooks.py)."""
 
+ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
+"""Methods besides ``forward`` by which pipelines enter a component."""
+
+DISPATCH_ATTRIBUTES = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+"""What accelerate's ``dispatch_model`` leaves on a module (big_modeling.py, accelerate 1.15)."""
+
 HOOK_ATTRIBUTES = ("forward", "_old_forward", ACCELERATE_HOOK, DIFFUSERS_HOOKS)
 """Instance attributes that attaching a hook writes."""
 

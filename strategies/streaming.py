@@ -205,7 +205,7 @@ class Streaming:
             streamer = Streamer(module, _cut(described, parameters), how, device, disk_path=folder)
             undo.callback(streamer.close)
             for other, part in modules.items():
-                hook = _entry_hook(part, device, undo)
+                hook = entry_hook(part, device, undo)
                 if other == name:
                     told, by = hook.entered, streamer.enter
                     streamer.before_load = hook.leaving
@@ -378,8 +378,11 @@ def _entry_hook_class() -> type:
     return EntryHook
 
 
-def _entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
-    """Return the hook of *module*, attached now if none is there yet."""
+def entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
+    """Return the hook of *module* on entering it, attached now if none is there yet.
+
+    A new one tells the pipeline that it computes on *device*; its removal is added to *undo*.
+    """
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
     from diffusers import ModelMixin
 
