@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
+from pipefit.cost_models.allocator import block_bytes
 from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import Split
 from pipefit.cost_models.residency import ByIdentity, children_of
+from pipefit.cost_models.timeline import Timeline
 from pipefit.cost_models.transfers import link_rates
-from pipefit.cost_models.workload import Component, Workload
+from pipefit.cost_models.workload import Component, Workload, returned_bytes
 
 NO_SPLIT_MODULES = "no_split_modules"
 """Trait: class names of the modules that must lie on one GPU; what is between may be divided."""
@@ -122,3 +124,79 @@ def between_bytes_per_s(first: Gpu, second: Gpu, links: Sequence[Link]) -> float
             return link.bytes_per_s
     rates = (link_rates(first).h2d_pinned_bytes_per_s, link_rates(second).h2d_pinned_bytes_per_s)
     return 1 / sum(1 / rate for rate in rates) if min(rates) > 0 else 0.0
+
+
+def part_peak_bytes(
+    timeline: Timeline, component: Component, split: Split, device: int, routine: int
+) -> int:
+    """Return the most that activations and workspace of one call of *component* take on *device*.
+
+    As the replay has it: what is given to a block elsewhere travels there, and what the part before
+    returned travels only where that was elsewhere, too.
+    """
+    workload, places = timeline.workload, dict(_places(ByIdentity(component), split))
+    before = (True, 0)
+
+    def walk(index: int, path: str) -> tuple[int, tuple[int, ...]]:
+        nonlocal before
+        here = place_of(places, path) == device
+        sizes: dict[int, int] = {}
+        live = highest = 0
+        for event in workload.routines[index].events:
+            kind, peak = event[0], 0
+            if kind == "a":
+                sizes[event[1]] = block_bytes(event[2]) if here else 0
+                live += sizes[event[1]]
+            elif kind == "f":
+                live -= sizes.pop(event[1])
+            elif kind == "k":
+                peak = timeline.scratch_bytes[event[1]] if here else 0
+            elif kind == "c":
+                _, callee, relative, returned, freed = event
+                below = ".".join(part for part in (path, relative) if part)
+                begin = f"{below}." if below else ""
+                if below not in places and any(place.startswith(begin) for place in places):
+                    peak, left = walk(callee, below)
+                else:
+                    was_here, moved_bytes = before
+                    left = tuple(map(block_bytes, returned_bytes(workload, callee)))
+                    is_there = place_of(places, below) == device
+                    before = is_there, sum(left)
+                    if is_there:
+                        given = workload.input_bytes.get(callee, 0)
+                        peak = 0 if was_here else moved_bytes
+                        peak += 0 if here else max(0, given - moved_bytes)
+                        outside = (0,) * workload.routines[callee].num_outside
+                        peak += timeline.outcome(callee, outside).peak.peak_bytes
+                    else:
+                        left = (0,) * len(left)
+                sizes.update(zip(returned, left, strict=True))
+                peak = max(peak, sum(left))
+                highest = max(highest, live + peak)
+                live += sum(left) - sum(sizes.pop(n, 0) for n in freed if n >= 0)
+                continue
+            highest = max(highest, live + peak)
+        return highest, tuple(sizes.get(n, 0) for n in workload.routines[index].returns)
+
+    return walk(routine, "")[0]
+
+
+def travelled_bytes(
+    workload: Workload, component: Component, split: Split, routine: int
+) -> dict[tuple[int, int], int]:
+    """Return (from GPU, to GPU) -> bytes that one call of a split *component* copies."""
+    places = dict(_places(ByIdentity(component), split))
+    first = next(iter(places.values()))
+    crossed: dict[tuple[int, int], int] = {}
+    before, moved_bytes = first, 0
+    for path, callee in block_calls(workload, routine, frozenset(places)):
+        place = places[path]
+        given = max(0, workload.input_bytes.get(callee, 0) - moved_bytes)
+        for source, num_bytes in ((before, moved_bytes), (first, given)):
+            if source != place and num_bytes:
+                key = source, place
+                crossed[key] = crossed.get(key, 0) + num_bytes
+        before, moved_bytes = place, sum(returned_bytes(workload, callee))
+    if before != first:
+        crossed[before, first] = crossed.get((before, first), 0) + moved_bytes
+    return crossed

@@ -178,6 +178,8 @@ class Workload:
     """Ordered by first call."""
     variants: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     """Key of :func:`variant_key` -> {routine index in ``root``: routine that replaces it}."""
+    input_bytes: Mapping[int, int] = field(default_factory=dict)
+    """Routine -> bytes of the tensors that a call of it is given: what travels to another GPU."""
     offload_sequence: tuple[str, ...] = ()
     """``model_cpu_offload_seq`` split at the arrows."""
     offload_excluded: tuple[str, ...] = ()
@@ -189,6 +191,17 @@ class Workload:
     def component(self, name: str) -> Component:
         """Return the component called *name*."""
         return next(c for c in self.components if c.name == name)
+
+
+def returned_bytes(workload: Workload, routine: int) -> tuple[int, ...]:
+    """Return the bytes of each tensor that a call of *routine* leaves, in the order of returns."""
+    events = {event[1]: event for event in workload.routines[routine].events if event[0] == "a"}
+    sizes = {number: event[2] for number, event in events.items()}
+    wanted = workload.routines[routine].returns
+    for event in workload.routines[routine].events:
+        if event[0] == "c" and not set(event[3]).isdisjoint(wanted):
+            sizes.update(zip(event[3], returned_bytes(workload, event[1]), strict=True))
+    return tuple(sizes[number] for number in wanted)
 
 
 def calls_in_order(workload: Workload) -> tuple[str, ...]:

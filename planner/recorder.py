@@ -112,6 +112,17 @@ def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _tensor_bytes(value: Any) -> int:
+    """Return the bytes of all GPU tensors in arguments."""
+    if type(value) is VirtualTensor:
+        return value.numel() * value.element_size() if value.is_cuda else 0
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_tensor_bytes, value))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One distinct component call of the pipeline, repeatable."""
@@ -155,6 +166,8 @@ class Recorder(Observer):
         self.routines: list[Routine] = []
         self.entries: dict[int, Entry] = {}
         """Routine -> the component call that it stands for."""
+        self.input_bytes: dict[int, int] = {}
+        """Routine -> bytes of the tensors that its calls are given, the most of them."""
         self.components: dict[str, torch.nn.Module] = {}
         self.unknown_reads: dict[str, int] = {}
         self._routine_numbers: dict[Routine, int] = {}
@@ -258,6 +271,7 @@ class Recorder(Observer):
             if memory is not None:
                 return self._replay(memory, caller, path, given)
         given.let_go()
+        input_bytes = _tensor_bytes((args, kwargs))
         is_entry = caller is self.root and "." not in path
         repeatable = (kept_argument(args), kept_argument(kwargs)) if is_entry else None
         frame = _Frame(module, path, entry)
@@ -275,6 +289,7 @@ class Recorder(Observer):
             self._forget_structure(module)
         alive = frame.alive()
         routine = self._close(frame, caller)
+        self.input_bytes[routine] = max(input_bytes, self.input_bytes.get(routine, 0))
         if repeatable is not None and routine not in self.entries:
             dtypes = tuple(tensor.dtype for tensor in _weights(module))
             self.entries[routine] = Entry(entry, *repeatable, dtypes)

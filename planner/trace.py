@@ -151,6 +151,7 @@ def trace(
         kernels=tuple(recorder.kernels),
         routines=tuple(recorder.routines),
         variants=replaced,
+        input_bytes=dict(recorder.input_bytes),
     )
 
 
