@@ -10,7 +10,7 @@ from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import Split
 from pipefit.cost_models.residency import ByIdentity, children_of
 from pipefit.cost_models.timeline import Timeline
-from pipefit.cost_models.transfers import link_rates
+from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates
 from pipefit.cost_models.workload import Component, Workload, returned_bytes
 
 NO_SPLIT_MODULES = "no_split_modules"
@@ -116,14 +116,14 @@ def block_calls(
             yield from block_calls(workload, event[1], blocks, below)
 
 
-def between_bytes_per_s(first: Gpu, second: Gpu, links: Sequence[Link]) -> float:
-    """Return how fast tensors go from one GPU to another: by their link, else through the host,
-    one half after the other."""
+def between_seconds(first: Gpu, second: Gpu, links: Sequence[Link], num_bytes: int) -> float:
+    """Return how long a copy takes from one GPU to another: by their link, or through the host, one
+    half after the other."""
     for link in links:
         if {link.first, link.second} == {first.index, second.index}:
-            return link.bytes_per_s
-    rates = (link_rates(first).h2d_pinned_bytes_per_s, link_rates(second).h2d_pinned_bytes_per_s)
-    return 1 / sum(1 / rate for rate in rates) if min(rates) > 0 else 0.0
+            return num_bytes / link.bytes_per_s + COPY_LATENCY_S
+    halves = (num_bytes / link_rates(gpu).h2d_pinned_bytes_per_s for gpu in (first, second))
+    return sum(halves) + COPY_LATENCY_S
 
 
 def part_peak_bytes(

@@ -105,7 +105,6 @@ class MemoryModel:
 
     def __init__(self, workload: Workload, gpu: Gpu) -> None:
         self.workload = workload
-        self.device = gpu.index
         self.timeline = Timeline(workload, gpu)
         self._weight_bytes = {
             component.name: allocated_bytes(load_order(component))
@@ -148,6 +147,18 @@ class MemoryModel:
         outside = (0,) * self.workload.routines[routine].num_outside
         return self.timeline.outcome(routine, outside).peak
 
+    def activation_bytes(self, component: Component, choice: Choice) -> int:
+        """Return the most that any call of *component* takes besides weights; 0 without calls."""
+        return max(
+            (
+                self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
+                for phase, calls in zip(self.workload.phases, self._calls, strict=True)
+                if phase.component == component.name
+                for call in calls
+            ),
+            default=0,
+        )
+
     def streamed_peak(
         self, component: str, routine: int, groups: Groups, *, look_ahead: bool
     ) -> RoutinePeak:
@@ -173,19 +184,23 @@ class MemoryModel:
             for i, phase in enumerate(self.workload.phases)
         )
 
-    def phase_bytes_on(self, component: Component, choice: Choice, main: int) -> tuple[int, ...]:
-        """Return what *component* adds to each phase on this GPU, where the pipeline is on *main*.
+    def phase_bytes_on(
+        self, component: Component, choice: Choice, device: int, main: int
+    ) -> tuple[int, ...]:
+        """Return what *component* adds to each phase on *device*, a GPU like the model's own.
+
+        The pipeline computes on *main*.
 
         The peak allocated there is this of all components, plus ``carried_bytes`` on *main* and
         ``cublas_bytes`` on others.
         """
-        device, placement = self.device, choice.placement
+        placement = choice.placement
         home = main if choice.device is None else choice.device
         own = [phase.component == component.name for phase in self.workload.phases]
         if isinstance(placement, Split):
             weight_bytes = allocated_bytes(split_bytes(component, placement, device))
             return tuple(
-                weight_bytes + (self._part_bytes(component, choice, i) if is_own else 0)
+                weight_bytes + (self._part_bytes(component, choice, i, device) if is_own else 0)
                 for i, is_own in enumerate(own)
             )
         if home == main == device:
@@ -211,13 +226,13 @@ class MemoryModel:
             for i, is_own in enumerate(own)
         )
 
-    def _part_bytes(self, component: Component, choice: Choice, phase: int) -> int:
+    def _part_bytes(self, component: Component, choice: Choice, phase: int, device: int) -> int:
         assert isinstance(choice.placement, Split)
-        key = component.name, choice, phase
+        key = component.name, choice, phase, device
         if key not in self._part_peaks:
             routines = {self._routine(choice, call)[0] for call in self._calls[phase]}
             self._part_peaks[key] = max(
-                part_peak_bytes(self.timeline, component, choice.placement, self.device, routine)
+                part_peak_bytes(self.timeline, component, choice.placement, device, routine)
                 for routine in routines
             )
         return self._part_peaks[key]

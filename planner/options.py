@@ -8,7 +8,7 @@ problem of its own; everything else is one problem in which components choose in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
-from pipefit.planner.search import Candidate, Problem, Selection
+from pipefit.planner.search import Budget, Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.strategy import Option, Quality, Strategy
@@ -151,9 +151,10 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
     """Refuse two requirements of which *component* can meet only one."""
     asked: dict[str, Option] = {}
     for one in BUILT_IN:
-        # Where the weights are is one decision, whoever takes it; the others decide on their own.
-        decided = "placement" if "placement" in one.kind else one.name
         for option in _required(policy, one, component):
+            # Where the weights are is one decision, whoever takes it; others decide on their own.
+            is_placed = one.placement(option.parameters) is not None
+            decided = "placement" if is_placed else one.name
             other = asked.setdefault(decided, option)
             if other is not option:
                 both = (
@@ -179,6 +180,8 @@ class Pricing:
         """Options that made this workload out of the user's pipeline: a cast."""
         self.memory = MemoryModel(workload, gpu)
         self.latency = LatencyModel(workload, gpu)
+        self.columns = tuple((gpu.index, phase) for phase in workload.phases)
+        """(index of the GPU, phase) of every peak."""
         self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
 
@@ -191,10 +194,7 @@ class Pricing:
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
         per_component = _allowed("placement", policy)
         if not required_wide:
-            groups = {
-                c.name: self._candidates(c, self._placements(c, per_component, policy), policy)
-                for c in self.workload.components
-            }
+            groups = {c.name: self.mixed_candidates(c, policy) for c in self.workload.components}
             if all(groups.values()):
                 found.append(self._problem(MIXED, groups))
         if not any(_is_required(policy, one) for one in per_component):
@@ -226,6 +226,16 @@ class Pricing:
             base_s=self.latency.own_seconds(),
             components=groups,
         )
+
+    def mixed_candidates(
+        self,
+        component: Component,
+        policy: Policy,
+        is_wanted: Callable[[Option], bool] = lambda option: True,
+    ) -> list[Candidate]:
+        """Return what *component* may choose by itself, under the placements that are wanted."""
+        offered = self._placements(component, _allowed("placement", policy), policy)
+        return self._candidates(component, [one for one in offered if is_wanted(one[0])], policy)
 
     def _placements(
         self, component: Component, strategies: Sequence[Strategy], policy: Policy
@@ -290,7 +300,7 @@ class Pricing:
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
             phase_bytes=self.memory.phase_bytes(component, choice),
             call_s=sum(
-                self._phase_seconds(phase, choice, attention, with_range=False)[0]
+                self.phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
@@ -301,17 +311,22 @@ class Pricing:
             payload=Pick(choice=choice, options=options, attention=attention),
         )
 
-    def _phase_seconds(
-        self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
-    ) -> tuple[float, float, float, float]:
-        """Return (later call, first call, low, high) seconds of one phase."""
-        component = self.workload.component(phase.component)
+    def routine_counts(self, phase: Phase, choice: Choice) -> dict[int, int]:
+        """Return the routines that a phase's calls execute under *choice* -> how often."""
         counts: dict[int, int] = {}
         for ordinal in phase.calls:
             routine = self._root_calls[ordinal][1]
             if choice.variant:
                 routine = self.workload.variants[choice.variant].get(routine, routine)
             counts[routine] = counts.get(routine, 0) + 1
+        return counts
+
+    def phase_seconds(
+        self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
+    ) -> tuple[float, float, float, float]:
+        """Return (later call, first call, low, high) seconds of one phase."""
+        component = self.workload.component(phase.component)
+        counts = self.routine_counts(phase, choice)
         if isinstance(choice.placement, Streaming):
             replaced = self.workload.variants[choice.variant] if choice.variant else {}
             streamed = self.latency.streaming_seconds(
@@ -334,10 +349,16 @@ class Pricing:
     # -- predictions
 
     def replay(
-        self, picks: Mapping[str, Pick | None], budget_bytes: int | None = None
+        self, picks: Mapping[str, Pick | None], budget_bytes: Budget = None
     ) -> tuple[PhaseMemory, ...]:
         """Replay one configuration through the allocator model, held to *budget_bytes* if given."""
+        if isinstance(budget_bytes, Mapping):
+            budget_bytes = budget_bytes[self.gpu.index]
         return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
+
+    def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
+        """Return the GPUs that hold something of *picks*: the only one."""
+        return (self.gpu.index,)
 
     def _choices(self, picks: Mapping[str, Pick | None]) -> dict[str, Choice]:
         idle = Choice(placement=ModelOffload())  # never called, so never brought in
@@ -353,49 +374,21 @@ class Pricing:
         for phase, peak in zip(self.workload.phases, peaks, strict=True):
             pick = picks[phase.component]
             assert pick is not None
-            seconds, phase_first_s, phase_low_s, phase_high_s = self._phase_seconds(
+            seconds, phase_first_s, phase_low_s, phase_high_s = self.phase_seconds(
                 phase, pick.choice, pick.attention
             )
             call_s, first_s = call_s + seconds, first_s + phase_first_s
             low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
-            phases.append(
-                PhasePrediction(
-                    name=phase.name,
-                    component=phase.component,
-                    entry=phase.entry,
-                    calls=phase.num_calls,
-                    device=device,
-                    seconds=seconds,
-                    allocated_bytes=peak.allocated_bytes,
-                    weights_bytes=peak.weight_bytes,
-                    activation_bytes=peak.activation_bytes,
-                    workspace_bytes=peak.workspace_bytes,
-                    carried_bytes=peak.carried_bytes,
-                    reserved_bytes=peak.reserved_bytes,
-                    process_bytes=peak.process_bytes,
-                )
-            )
+            phases.append(phase_prediction(phase, peak, device=device, seconds=seconds))
         host = host_peak(
             self.workload.components,
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
-            stored_bytes=self._stored_bytes(),
+            stored_bytes=self.stored_bytes(),
         )
-        worst = max(peaks, key=lambda p: p.promised_bytes)
         loading_bytes = self.memory.loading_bytes()
-        process_bytes = max(loading_bytes + worst.context_bytes, *(p.process_bytes for p in peaks))
         return Prediction(
-            peak_vram=(
-                DevicePeak(
-                    device=device,
-                    allocated_bytes=max(loading_bytes, *(p.allocated_bytes for p in peaks)),
-                    reserved_bytes=max(loading_bytes, *(p.reserved_bytes for p in peaks)),
-                    process_bytes=process_bytes,
-                    context_bytes=worst.context_bytes,
-                    slack_bytes=max(0, worst.promised_bytes - process_bytes),
-                    loading_bytes=loading_bytes,
-                ),
-            ),
+            peak_vram=(device_peak(device, peaks, loading_bytes),),
             phases=tuple(phases),
             latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
             host_ram_bytes=host.peak_bytes,
@@ -403,12 +396,12 @@ class Pricing:
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
-                *_loading_notes(loading_bytes),
-                *_host_notes(host),
+                *loading_notes(loading_bytes),
+                *host_notes(host),
             ),
         )
 
-    def _stored_bytes(self) -> dict[str, int]:
+    def stored_bytes(self) -> dict[str, int]:
         """Return what lies on disk for the components that are cast to 16 bits after it is read."""
         return {
             component.name: 2 * component.weight_bytes
@@ -432,22 +425,26 @@ class Pricing:
         for component in self.workload.components:
             parts: dict[str, Mapping[str, Any]] = {}
             option, placement = Option(strategy="resident", component=component.name), None
+            device: int | None = None
             for one in BUILT_IN:
                 policy = Policy(budget_bytes={}, required=tuple(options))
                 for asked in _required(policy, one, component):
                     if one.kind == "compute":
                         parts[one.name] = asked.parameters
+                    elif one.kind == "device" and one.placement(asked.parameters) is None:
+                        device = asked.parameters["device"]
                     elif one.kind != "load":
                         option = replace(asked, component=component.name)
                         placement = one.placement(asked.parameters)
             variant = variant_key(component.name, parts) if parts else ""
             picks[component.name] = Pick(
-                choice=Choice(placement=placement or Resident(), variant=variant),
+                choice=Choice(placement=placement or Resident(), variant=variant, device=device),
                 options=(
                     *(
                         Option(strategy=n, component=component.name, parameters=p)
                         for n, p in parts.items()
                     ),
+                    *([] if device is None else [at_device(component.name, device)]),
                     option,
                 ),
                 attention=attention_of(parts),
@@ -455,7 +452,45 @@ class Pricing:
         return picks
 
 
-def _loading_notes(loading_bytes: int) -> tuple[str, ...]:
+def phase_prediction(
+    phase: Phase, peak: PhaseMemory, *, device: int, seconds: float
+) -> PhasePrediction:
+    """Return a phase's row for one GPU."""
+    return PhasePrediction(
+        name=phase.name,
+        component=phase.component,
+        entry=phase.entry,
+        calls=phase.num_calls,
+        device=device,
+        seconds=seconds,
+        allocated_bytes=peak.allocated_bytes,
+        weights_bytes=peak.weight_bytes,
+        activation_bytes=peak.activation_bytes,
+        workspace_bytes=peak.workspace_bytes,
+        carried_bytes=peak.carried_bytes,
+        reserved_bytes=peak.reserved_bytes,
+        process_bytes=peak.process_bytes,
+    )
+
+
+def device_peak(device: int, peaks: Sequence[PhaseMemory], loading_bytes: int) -> DevicePeak:
+    """Return the largest of the *peaks* of one GPU, or what loading needs there."""
+    worst = max(peaks, key=lambda peak: peak.promised_bytes)
+    process_bytes = max(
+        loading_bytes + worst.context_bytes, *(peak.process_bytes for peak in peaks)
+    )
+    return DevicePeak(
+        device=device,
+        allocated_bytes=max(loading_bytes, *(peak.allocated_bytes for peak in peaks)),
+        reserved_bytes=max(loading_bytes, *(peak.reserved_bytes for peak in peaks)),
+        process_bytes=process_bytes,
+        context_bytes=worst.context_bytes,
+        slack_bytes=max(0, worst.promised_bytes - process_bytes),
+        loading_bytes=loading_bytes,
+    )
+
+
+def loading_notes(loading_bytes: int) -> tuple[str, ...]:
     if not loading_bytes:
         return ()
     return (
@@ -464,7 +499,7 @@ def _loading_notes(loading_bytes: int) -> tuple[str, ...]:
     )
 
 
-def _host_notes(host: HostPeak) -> tuple[str, ...]:
+def host_notes(host: HostPeak) -> tuple[str, ...]:
     if host.load_bytes <= host.call_bytes:
         return ()
     return (
@@ -473,15 +508,22 @@ def _host_notes(host: HostPeak) -> tuple[str, ...]:
     )
 
 
+def at_device(component: str, device: int) -> Option:
+    """Return the option that *component* computes on the GPU with this index."""
+    return Option(strategy="device_map", component=component, parameters={"device": device})
+
+
 def attention_of(parts: Parts) -> Attention:
     """Return which attention kernel *parts* ask for."""
     backend: Attention = parts.get("attention", {}).get("backend", "native")
     return backend
 
 
-def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Option, ...]:
+def plan_options(
+    load_options: Sequence[Option], picks: Mapping[str, Pick | None]
+) -> tuple[Option, ...]:
     """Return the options of a configuration, each once, in the order of application."""
-    found: list[Option] = list(pricing.load_options)
+    found: list[Option] = list(load_options)
     for name, pick in picks.items():
         if pick is None:
             continue

@@ -7,8 +7,9 @@ and diffusers' own ``device_map`` leaves what ``vae.encode`` returns on the othe
 component has the hooks of accelerate's ``dispatch_model`` on its blocks.
 
 ``device`` says where, and leaves how the weights lie there to another strategy (resident, unless
-one is named); ``split`` says both. Group offload is not had elsewhere than on the main GPU, because
-a pipeline computes where its first group-offloaded component does.
+one is named); ``split`` says both; ``mode=balanced`` stands, in a prediction, for the GPUs that
+diffusers would give to the components. Group offload is not had elsewhere than on the main GPU,
+because a pipeline computes where its first group-offloaded component does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 from pipefit.strategies.streaming import entry_hook
 
-PARAMETERS = ("device", "split")
+PARAMETERS = ("device", "split", "mode")
 _SPLIT = re.compile(r"\d+:\d+(\+\d+:\d+)+")
 
 
@@ -66,7 +67,11 @@ class DeviceMap:
         if wrong:
             return wrong
         if len(parameters) != 1:
-            return "device_map takes either device=1 or split=0:30+1:27."
+            return "device_map takes one of device=1, split=0:30+1:27 and mode=balanced."
+        if "mode" in parameters:
+            if parameters["mode"] != "balanced":
+                return f"device_map:mode is balanced, but was {parameters['mode']!r}."
+            return "device_map:mode=balanced is for the whole pipeline, in a prediction of it."
         if "device" in parameters:
             return _device_refusal(component, parameters["device"])
         return _split_refusal(component, parameters["split"])
@@ -122,6 +127,13 @@ def numbered(main: Any, index: int) -> Any:
     import torch
 
     return main if main.type == "cpu" else torch.device(main.type, index)
+
+
+def devices_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the indices of the GPUs that *parameters* name, as far as they can be understood."""
+    if isinstance(parameters.get("device"), int):
+        return (parameters["device"],)
+    return tuple(int(index) for index in re.findall(r"(\d+):", str(parameters.get("split", ""))))
 
 
 def home_of(options: Sequence[Option], component: str | None, main: Any) -> Any:

@@ -10,7 +10,7 @@ the old ``forward`` behind as an instance attribute, which then shadows the clas
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -209,6 +209,34 @@ def attention_registry() -> Any:
             "not know them: use diffusers 0.42, or leave the attention strategy out."
         ) from error
     return Registry
+
+
+def balanced_components(
+    sizes: Mapping[str, int], room_bytes: Mapping[int, int]
+) -> dict[str, int | str]:
+    """Return where ``device_map="balanced"`` puts components of these *sizes*: a GPU or ``"cpu"``.
+
+    Largest first, GPUs with most room first, back and forth; *room_bytes* is by GPU. Components may
+    be missing: of those that do not fit where their turn is, the library remembers only the last.
+
+    Raises:
+        UnsupportedPipeline: this diffusers has no such function.
+    """
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import _assign_components_to_devices
+    except ImportError as error:
+        import diffusers
+
+        raise UnsupportedPipeline(
+            f"diffusers {diffusers.__version__} balances components in a way that pipefit does not "
+            "know: use diffusers 0.42, or name the GPUs with device_map:device=1@vae."
+        ) from error
+
+    def by_size(table: Mapping[Any, int]) -> dict[Any, int]:
+        return dict(sorted(table.items(), key=lambda item: item[1], reverse=True))
+
+    found = _assign_components_to_devices(by_size(sizes), by_size(room_bytes))
+    return {name: place for place, names in found.items() for name in names}
 
 
 def reads_flag(cls: type, flag: str) -> bool:

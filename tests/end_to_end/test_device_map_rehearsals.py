@@ -38,7 +38,7 @@ def test_each_gpu_allocates_what_the_replay_says(case: str) -> None:
     for gpu in CARDS:
         peaks = simulate(workload, choices, gpu, main=0)
         model = MemoryModel(workload, gpu)
-        sums = [model.phase_bytes_on(c, choices[c.name], 0) for c in workload.components]
+        sums = [model.phase_bytes_on(c, choices[c.name], gpu.index, 0) for c in workload.components]
         base = model.carried_bytes if gpu.index == 0 else (model.cublas_bytes,) * len(peaks)
         for phase, peak, *added in zip(workload.phases, peaks, base, *sums, strict=True):
             rehearsed = held[phase.component, phase.entry, gpu.index]

@@ -1,0 +1,619 @@
+"""Candidates on several GPUs: where each component computes, and how its weights lie there.
+
+One GPU is the *main* one: there the pipeline makes its tensors, and there the component computes
+that is called most, the denoiser, so that nothing travels in every step. Each GPU may be the main
+one, so each makes a problem of its own; in it every other component chooses a GPU together with its
+placement there, and a denoiser that fits no single GPU may be split by its blocks. Every GPU has a
+column for each phase and keeps its own budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.devices import between_seconds, blocks_of_split
+from pipefit.cost_models.host_memory import host_peak
+from pipefit.cost_models.latency import Attention
+from pipefit.cost_models.machine import Gpu, Machine
+from pipefit.cost_models.memory import SLACK_SHARE, PhaseMemory, simulate
+from pipefit.cost_models.placement import ModelOffload, Resident, Split
+from pipefit.cost_models.prediction import Choice, Latency, Prediction
+from pipefit.cost_models.units import MIB, format_bytes
+from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
+from pipefit.errors import InvalidRequest
+from pipefit.planner.options import (
+    MIXED,
+    Pick,
+    Pricing,
+    at_device,
+    device_peak,
+    host_notes,
+    loading_notes,
+    phase_prediction,
+)
+from pipefit.planner.policy import Policy
+from pipefit.planner.search import Budget, Candidate, Problem, Selection
+from pipefit.planner.workloads import Observed
+from pipefit.strategies import strategy
+from pipefit.strategies.live import balanced_components
+from pipefit.strategies.strategy import Option
+
+ROUNDING_BYTES = 64 * MIB
+"""What a split leaves free on each GPU for segments of torch's allocator that are not full; our
+choice, three of its 20 MiB: without, the replay refutes the tightest split on one GPU or other."""
+
+
+class DevicePricing:
+    """Prices every candidate of one workload on several GPUs, the pipeline on one of them.
+
+    The same questions are answered as by :class:`~pipefit.planner.options.Pricing`; peaks are those
+    of ``columns``.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        budgets: Mapping[int, int],
+        main: int,
+        *,
+        load_options: Sequence[Option] = (),
+        priced: dict[str, Pricing] | None = None,
+    ) -> None:
+        self.workload = workload
+        self.load_options = tuple(load_options)
+        self.main = main
+        self.budgets = budgets
+        self.machine = machine
+        by_index = {gpu.index: gpu for gpu in machine.gpus}
+        priced = {} if priced is None else priced
+        self.gpus: dict[int, Gpu] = {main: by_index[main]}
+        self.gpus |= {index: by_index[index] for index in sorted(budgets)}
+        self._on: dict[int, Pricing] = {}
+        for index, gpu in self.gpus.items():
+            alike = _figures(gpu)
+            if alike not in priced:
+                priced[alike] = Pricing(workload, gpu, load_options=load_options)
+            self._on[index] = priced[alike]
+        self.memory = self._on[main].memory
+        self._away_candidates: dict[tuple[int, str], Sequence[Candidate]] = {}
+        self._coarse_levels: dict[str, set[tuple[object, ...]]] = {}
+        self.columns: tuple[tuple[int, Phase], ...] = tuple(
+            (index, phase) for index in self.gpus for phase in workload.phases
+        )
+
+    # -- problems
+
+    def problems(self, policy: Policy) -> list[Problem]:
+        """Return the problems of this main GPU: components anywhere, or all taking turns on it."""
+        own = self._on[self.main].problems(policy)
+        mixed = next((problem for problem in own if problem.name == MIXED), None)
+        wide = [problem for problem in own if problem is not mixed]
+        if any(option.strategy == "device_map" for option in policy.required):
+            wide = []
+        found = [self._problem(one.name, one.base_s, dict(one.components)) for one in wide]
+        if mixed is not None:
+            offered = {
+                c.name: self._candidates(c, policy, mixed.components[c.name])
+                for c in self.workload.components
+            }
+            if all(offered.values()):
+                found.append(self._problem(MIXED, mixed.base_s, offered))
+        return found
+
+    def _problem(
+        self, name: str, base_s: float, components: Mapping[str, Sequence[Candidate]]
+    ) -> Problem:
+        carried = self.memory.carried_bytes
+        base = [n + context_bytes(self.gpus[self.main]) for n in carried]
+        for index, gpu in list(self.gpus.items())[1:]:
+            held = context_bytes(gpu) + self._on[index].memory.cublas_bytes
+            base += [held] * len(carried)
+        return Problem(
+            name=f"{name} on GPU {self.main}",
+            phases=tuple(
+                f"{phase.name} ({phase.component}) on GPU {index}" for index, phase in self.columns
+            ),
+            base_bytes=tuple(base),
+            base_s=base_s,
+            components={
+                component: [self._filled(candidate) for candidate in group]
+                for component, group in components.items()
+            },
+            devices=tuple(index for index, _ in self.columns),
+        )
+
+    def _candidates(
+        self, component: Component, policy: Policy, here: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """Return the candidates *here*, on the main GPU, and those on others."""
+        asked = [
+            option
+            for option in policy.required
+            if option.strategy == "device_map" and option.component in (component.name, None)
+        ]
+        found = list(here)
+        if not any(phase.component == component.name for phase in self.workload.phases):
+            return found
+        if "device_map" in policy.forbidden:
+            return found
+        if component.name == self._leading:
+            found += self._splits(component, policy, found)
+        else:
+            for index in self._others(component):
+                found += self._away(component, policy, index)
+        if asked:
+            return [one for one in found if _is_asked(one, asked[0], self.main)]
+        return found
+
+    @property
+    def _leading(self) -> str:
+        """The component that is called most often, the first of those."""
+        counts: dict[str, int] = {}
+        for phase in self.workload.phases:
+            counts[phase.component] = counts.get(phase.component, 0) + phase.num_calls
+        return max(counts, key=lambda name: counts[name])
+
+    def _others(self, component: Component) -> Iterator[int]:
+        """Yield the GPUs that *component* may go to besides the main one.
+
+        Of GPUs that are alike in everything the first component may take the first only, the second
+        one of the first two, and so on: whatever else could be chosen is the same with other names.
+        """
+        names = [c.name for c in self.workload.components if c.name != self._leading]
+        place = names.index(component.name)
+        # A split may take any of them before.
+        room = place + 1 + len(self.gpus) if blocks_of_split(self._lead) else place + 1
+        taken: dict[object, int] = {}
+        for index, gpu in list(self.gpus.items())[1:]:
+            alike = (
+                _figures(gpu),
+                self.budgets.get(index),
+                between_seconds(self.gpus[self.main], gpu, self.machine.links, 1 << 30),
+            )
+            taken[alike] = taken.get(alike, 0) + 1
+            if taken[alike] <= room:
+                yield index
+
+    @property
+    def _lead(self) -> Component:
+        return self.workload.component(self._leading)
+
+    def _filled(self, candidate: Candidate) -> Candidate:
+        """Return *candidate* with a figure for every column: what is on one GPU is on no other."""
+        rest = (0,) * (len(self.columns) - len(candidate.phase_bytes))
+        return replace(candidate, phase_bytes=(*candidate.phase_bytes, *rest))
+
+    def _away(self, component: Component, policy: Policy, index: int) -> list[Candidate]:
+        """Return the candidates of *component* on another GPU: resident, or coarsely streamed."""
+        where = at_device(component.name, index)
+        if strategy("device_map").refusal(component, where.parameters):
+            return []
+        travel_s = sum(
+            self._travel_seconds(phase, index)
+            for phase in self.workload.phases
+            if phase.component == component.name
+        )
+        found = []
+        for candidate in self._priced_away(component, policy, index):
+            pick = candidate.payload
+            assert isinstance(pick, Pick)
+            choice = replace(pick.choice, device=index)
+            found.append(
+                replace(
+                    candidate,
+                    key=f"{index}:{candidate.key}",
+                    phase_bytes=self._phase_bytes(component, choice),
+                    call_s=candidate.call_s + travel_s,
+                    num_strategies=candidate.num_strategies + 1,
+                    payload=replace(pick, choice=choice, options=(where, *pick.options)),
+                )
+            )
+        return found
+
+    def _priced_away(self, component: Component, policy: Policy, index: int) -> Sequence[Candidate]:
+        pricing = self._on[index]
+        key = id(pricing), component.name
+        if key not in self._away_candidates:
+            self._away_candidates[key] = pricing.mixed_candidates(
+                component, policy, self._is_coarse
+            )
+        return self._away_candidates[key]
+
+    def _is_coarse(self, option: Option) -> bool:
+        """Whether a placement is considered on other GPUs than the main one.
+
+        Resident, and streaming that leaves when it is idle, in the few levels that streaming offers
+        out of ordinary memory: what is there is called once or twice, and there are many GPUs.
+        """
+        if option.strategy != "streaming":
+            return option.strategy == "resident"
+        name = str(option.component)
+        if name not in self._coarse_levels:
+            component, gpu = self.workload.component(name), self.gpus[self.main]
+            self._coarse_levels[name] = {
+                _level(one)
+                for one in strategy("streaming").options(component, self.workload, gpu)
+                if one.get("host_memory") == "pageable"
+            }
+        given = option.parameters
+        is_plain = given.get("when_idle") == "leave" and not {"load_with", "host_memory"} & {*given}
+        return is_plain and _level(given) in self._coarse_levels[name]
+
+    def _phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
+        return tuple(
+            itertools.chain.from_iterable(
+                self._on[index].memory.phase_bytes_on(component, choice, index, self.main)
+                for index in self.gpus
+            )
+        )
+
+    def _travel_seconds(self, phase: Phase, index: int) -> float:
+        """Return how long what a phase's calls are given and return travels to GPU *index*."""
+        calls = self._on[self.main].routine_counts(phase, _PLAIN)
+        return sum(
+            count
+            * (
+                self._between_s(self.main, index, self.workload.input_bytes.get(routine, 0))
+                + self._between_s(index, self.main, sum(returned_bytes(self.workload, routine)))
+            )
+            for routine, count in calls.items()
+        )
+
+    def _between_s(self, source: int, target: int, num_bytes: int) -> float:
+        first, second = self.gpus[source], self.gpus[target]
+        return between_seconds(first, second, self.machine.links, num_bytes)
+
+    # -- splits
+
+    def _splits(
+        self, component: Component, policy: Policy, whole: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """Return ways to split *component* where it is resident on no single GPU.
+
+        The GPUs are filled one after the other, the fastest first after the main one, each up to
+        its budget but for room that one or all of the other components may be given there.
+        """
+        blocks = blocks_of_split(component)
+        is_placed = any(
+            strategy(option.strategy).kind == "placement"
+            and option.component in (component.name, None)
+            for option in policy.required
+        )
+        resident = [c for c in whole if _placement(c) == Resident()]
+        if not blocks or is_placed or not resident:
+            return []
+        largest = max(self.budgets.values())
+        base = context_bytes(self.gpus[self.main])
+        if any(max(c.phase_bytes[: len(self.workload.phases)]) + base <= largest for c in resident):
+            return []
+        found: dict[str, Candidate] = {}
+        for plain in resident:
+            pick = plain.payload
+            assert isinstance(pick, Pick)
+            for split in self._fillings(component, pick.choice):
+                option = Option(
+                    strategy="device_map",
+                    component=component.name,
+                    parameters={"split": "+".join(f"{i}:{n}" for i, n in split.blocks)},
+                )
+                choice = replace(pick.choice, placement=split)
+                key = f"{option.parameters['split']}|{choice.variant}"
+                if key in found:
+                    continue
+                found[key] = replace(
+                    plain,
+                    key=key,
+                    phase_bytes=self._phase_bytes(component, choice),
+                    call_s=sum(
+                        self._split_seconds(phase, choice, pick.attention)[0]
+                        for phase in self.workload.phases
+                        if phase.component == component.name
+                    ),
+                    num_strategies=plain.num_strategies + 1,
+                    payload=replace(pick, choice=choice, options=(*_compute_options(pick), option)),
+                )
+        return list(found.values())
+
+    def _fillings(self, component: Component, choice: Choice) -> Iterator[Split]:
+        blocks = blocks_of_split(component)
+        sizes = [
+            sum(
+                t.num_bytes
+                for t in component.tensors
+                if t.path.startswith(f"{block}.") and not t.tied_to
+            )
+            for block in blocks
+        ]
+        rest_bytes = component.weight_bytes - sum(sizes)
+        others = sorted(self.gpus, key=lambda i: (i != self.main, self._block_s(component, i)))
+        needed = [
+            c.weight_bytes + self.memory.activation_bytes(c, _PLAIN)
+            for c in self.workload.components
+            if c.name != component.name
+        ]
+        rooms = sorted({0, *needed, sum(needed)})
+        # What computing takes on any of them, as if nothing were elsewhere.
+        working_bytes = [
+            round(self._on[i].memory.activation_bytes(component, choice) * (1 + SLACK_SHARE))
+            + context_bytes(self.gpus[i])
+            + self._on[i].memory.cublas_bytes
+            + ROUNDING_BYTES
+            for i in others
+        ]
+        carried_bytes = max(self.memory.carried_bytes)
+        for kept_on, room in itertools.product(range(len(others)), rooms):
+            counts: list[tuple[int, int]] = []
+            done = 0
+            for i, index in enumerate(others):
+                free = self.budgets.get(index, 0) - working_bytes[i]
+                free -= (room if i == kept_on else 0) + (rest_bytes + carried_bytes if not i else 0)
+                count = 0
+                while done < len(blocks) and sizes[done] <= free:
+                    free -= sizes[done]
+                    done += 1
+                    count += 1
+                if count or not i:
+                    counts.append((index, count))
+            if done == len(blocks) and len(counts) > 1:
+                yield Split(blocks=tuple(counts))
+
+    def _block_s(self, component: Component, index: int) -> float:
+        """Return how long *component*'s calls take whole on a GPU, to rank the GPUs by."""
+        pricing = self._on[index]
+        return sum(
+            pricing.phase_seconds(phase, _PLAIN, "native", with_range=False)[0]
+            for phase in self.workload.phases
+            if phase.component == component.name
+        )
+
+    def _split_seconds(
+        self, phase: Phase, choice: Choice, attention: Attention
+    ) -> tuple[float, float, float, float]:
+        assert isinstance(choice.placement, Split)
+        main = self._on[self.main]
+        time = main.latency.split_seconds(
+            self.workload.component(phase.component),
+            list(main.routine_counts(phase, choice).items()),
+            choice.placement,
+            {i: p.latency for i, p in self._on.items() if i != self.main},
+            self._between_s,
+            attention=attention,
+        )
+        return time.call_s, time.first_call_s, time.low_s, time.high_s
+
+    def _seconds(
+        self, phase: Phase, choice: Choice, attention: Attention
+    ) -> tuple[float, float, float, float]:
+        """Return (later call, first call, low, high) seconds of one phase, travelling included."""
+        if isinstance(choice.placement, Split):
+            return self._split_seconds(phase, choice, attention)
+        home = self.main if choice.device is None else choice.device
+        times = self._on[home].phase_seconds(phase, choice, attention)
+        if home == self.main:
+            return times
+        travel_s = self._travel_seconds(phase, home)
+        call_s, first_s, low_s, high_s = times
+        return call_s + travel_s, first_s + travel_s, low_s + travel_s, high_s + travel_s
+
+    # -- predictions
+
+    def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
+        """Return the GPUs that hold something of *picks*, the main one first."""
+        found = {self.main}
+        for pick in picks.values():
+            if pick is None:
+                continue
+            if isinstance(pick.choice.placement, Split):
+                found |= {index for index, _ in pick.choice.placement.blocks}
+            elif pick.choice.device is not None:
+                found.add(pick.choice.device)
+        return tuple(index for index in self.gpus if index in found)
+
+    def replay(
+        self, picks: Mapping[str, Pick | None], budget_bytes: Budget = None
+    ) -> tuple[PhaseMemory, ...]:
+        """Replay one configuration on every GPU that it uses; others hold nothing at all."""
+        idle = Choice(placement=ModelOffload())  # never called, so never brought in
+        choices = {name: pick.choice if pick else idle for name, pick in picks.items()}
+        used = self.used(picks)
+        peaks: list[PhaseMemory] = []
+        for index, gpu in self.gpus.items():
+            budget = budget_bytes.get(index) if isinstance(budget_bytes, Mapping) else budget_bytes
+            peaks += (
+                simulate(self.workload, choices, gpu, budget_bytes=budget, main=self.main)
+                if index in used
+                else [_NOTHING] * len(self.workload.phases)
+            )
+        return tuple(peaks)
+
+    def prediction(
+        self, picks: Mapping[str, Pick | None], peaks: Sequence[PhaseMemory]
+    ) -> Prediction:
+        """Return what *picks*, with the replayed *peaks*, need; a row for each phase and GPU."""
+        used = self.used(picks)
+        by_column = {
+            (index, phase.component, phase.entry): peak
+            for (index, phase), peak in zip(self.columns, peaks, strict=True)
+        }
+        total = [self._on[self.main].latency.own_seconds()] * 4
+        phases = []
+        for phase in self.workload.phases:
+            pick = picks[phase.component]
+            assert pick is not None
+            times = self._seconds(phase, pick.choice, pick.attention)
+            total = [one + more for one, more in zip(total, times, strict=True)]
+            home = self.main if pick.choice.device is None else pick.choice.device
+            for index in sorted(used, key=lambda i: i != home):
+                peak = by_column[index, phase.component, phase.entry]
+                seconds = times[0] if index == home else 0.0
+                phases.append(phase_prediction(phase, peak, device=index, seconds=seconds))
+        host = host_peak(
+            self.workload.components,
+            {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
+            [phase.component for phase in self.workload.phases],
+            stored_bytes=self._on[self.main].stored_bytes(),
+        )
+        loading_bytes = self.memory.loading_bytes()
+        call_s, first_s, low_s, high_s = total
+        return Prediction(
+            peak_vram=tuple(
+                device_peak(
+                    index,
+                    [peak for (i, _), peak in zip(self.columns, peaks, strict=True) if i == index],
+                    loading_bytes if index == self.main else 0,
+                )
+                for index in used
+            ),
+            phases=tuple(phases),
+            latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
+            host_ram_bytes=host.peak_bytes,
+            pinned_bytes=host.pinned_bytes,
+            disk_bytes=host.disk_bytes,
+            assumptions=(
+                *self.workload.assumptions,
+                *loading_notes(loading_bytes),
+                *host_notes(host),
+            ),
+        )
+
+    def exactly(self, options: Sequence[Option]) -> dict[str, Pick | None]:
+        """Return the one configuration that *options* describe, as for one GPU."""
+        return self._on[self.main].exactly(options)
+
+    def picks(self, selection: Selection) -> dict[str, Pick | None]:
+        """Return what the selection chose for each component; None where it is not called."""
+        return {name: candidate.payload for name, candidate in selection.choices.items()}
+
+
+_NOTHING = PhaseMemory(
+    allocated_bytes=0,
+    weight_bytes=0,
+    activation_bytes=0,
+    workspace_bytes=0,
+    carried_bytes=0,
+    reserved_bytes=0,
+    slack_bytes=0,
+    context_bytes=0,
+)
+
+
+def balanced(
+    options: Sequence[Option], workload: Workload, machine: Machine
+) -> tuple[tuple[Option, ...], int]:
+    """Return *options* with the GPU of each component for ``mode=balanced``, and the main GPU.
+
+    That is the first component's, where diffusers' pipelines compute then; else the first there is.
+
+    Raises:
+        InvalidRequest: if diffusers leaves a component to the CPU, or forgets it.
+    """
+    stock = [o for o in options if o.parameters.get("mode") == "balanced" and o.component is None]
+    if not any(option.strategy == "device_map" for option in stock):
+        return tuple(options), machine.gpus[0].index
+    places = balanced_components(
+        {component.name: component.weight_bytes for component in workload.components},
+        {gpu.index: gpu.free_bytes - context_bytes(gpu) for gpu in machine.gpus},
+    )
+    left = [c for c in workload.components if not isinstance(places.get(c.name), int)]
+    if left:
+        said = ", ".join(f"{c.name} ({format_bytes(c.weight_bytes)})" for c in left)
+        raise InvalidRequest(
+            f"diffusers' balanced gives no GPU to {said}: leave device_map out of a plan, which "
+            "places every component."
+        )
+    on_gpus = [at_device(name, int(index)) for name, index in places.items()]
+    others = [option for option in options if option not in stock]
+    return (*others, *on_gpus), int(places[workload.components[0].name])
+
+
+def price_devices(
+    observe: Callable[[Gpu], Sequence[Observed]], machine: Machine, budgets: Mapping[int, int]
+) -> list[Pricing | DevicePricing]:
+    """Return the pricings for each GPU on which the pipeline may compute.
+
+    *observe* traces the call for a GPU; parts of a kind see the same.
+    """
+    seen: dict[object, Sequence[Observed]] = {}
+    priced: dict[object, dict[str, Pricing]] = {}
+    by_index = {gpu.index: gpu for gpu in machine.gpus}
+    found: list[Pricing | DevicePricing] = []
+
+    def seen_by(gpu: Gpu) -> tuple[object, Sequence[Observed]]:
+        kind = gpu.architecture, gpu.compute_capability
+        if kind not in seen:
+            seen[kind] = observe(gpu)
+        return kind, seen[kind]
+
+    _, first = seen_by(by_index[min(budgets)])
+    for main in main_gpus(first[0].workload, machine, budgets):
+        kind, observed = seen_by(by_index[main])
+        for number, one in enumerate(observed):
+            found.append(
+                DevicePricing(
+                    one.workload,
+                    machine,
+                    budgets,
+                    main,
+                    load_options=one.load_options,
+                    priced=priced.setdefault((kind, number), {}),
+                )
+            )
+    return found
+
+
+def main_gpus(workload: Workload, machine: Machine, budgets: Mapping[int, int]) -> tuple[int, ...]:
+    """Return the GPUs on which the pipeline may compute: those that no other exceeds both in speed
+    and in budget, and of such that are alike the first."""
+    phase = max(workload.phases, key=lambda phase: phase.num_calls)
+    found: list[tuple[float, int, int]] = []
+    for gpu in machine.gpus:
+        if gpu.index in budgets:
+            seconds = Pricing(workload, gpu).phase_seconds(phase, _PLAIN, "native")[0]
+            found.append((seconds, -budgets[gpu.index], gpu.index))
+    found.sort()
+    front: list[int] = []
+    largest = 0
+    for _, less_budget, index in found:
+        if -less_budget > largest:
+            front.append(index)
+            largest = -less_budget
+    return tuple(front)
+
+
+_PLAIN = Choice(placement=Resident())
+"""As traced, on whichever GPU."""
+
+
+def _figures(gpu: Gpu) -> str:
+    """Return what decides about prices; GPUs of which it is the same are priced once."""
+    alike = replace(
+        gpu, index=0, total_bytes=0, free_bytes=0, other_bytes=0, provenance={}, sources=()
+    )
+    return repr(alike)
+
+
+def _level(parameters: Mapping[str, Any]) -> tuple[object, ...]:
+    return parameters["resident_blocks"], parameters["num_slots"]
+
+
+def _placement(candidate: Candidate) -> object:
+    pick = candidate.payload
+    return pick.choice.placement if isinstance(pick, Pick) else None
+
+
+def _compute_options(pick: Pick) -> tuple[Option, ...]:
+    return tuple(o for o in pick.options if strategy(o.strategy).kind == "compute")
+
+
+def _is_asked(candidate: Candidate, asked: Option, main: int) -> bool:
+    """Whether *candidate* is where *asked* wants it."""
+    pick = candidate.payload
+    if not isinstance(pick, Pick):
+        return True
+    found = [dict(o.parameters) for o in pick.options if o.strategy == "device_map"]
+    return (found or [{"device": main}]) == [dict(asked.parameters)]
