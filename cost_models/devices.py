@@ -53,6 +53,8 @@ def places_of(component: Component, split: Split) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=NUM_REMEMBERED)
 def _places(of: ByIdentity, split: Split) -> tuple[tuple[str, int], ...]:
+    if split.places:
+        return split.places
     component = of.component
     order = [index for index, count in split.blocks for _ in range(count)]
     places = dict(zip(blocks_of_split(component), order, strict=True))
@@ -105,15 +107,24 @@ def place_of(places: dict[str, int], path: str) -> int:
 def block_calls(
     workload: Workload, routine: int, blocks: frozenset[str], path: str = ""
 ) -> Iterator[tuple[str, int]]:
-    """Yield (path, routine) of the calls of *blocks* that a call of *routine* makes, in order."""
+    """Yield (path, routine) of the calls at or below *blocks* that a call of *routine* makes.
+
+    In order; of nested calls the outermost, because a list of blocks is not called itself.
+    """
     for event in workload.routines[routine].events:
         if event[0] != "c" or event[2].startswith("/"):
             continue
         below = ".".join(part for part in (path, event[2]) if part)
-        if below in blocks and event[2]:
+        if event[2] and _is_within(below, blocks):
             yield below, event[1]
         else:
             yield from block_calls(workload, event[1], blocks, below)
+
+
+def _is_within(path: str, places: frozenset[str]) -> bool:
+    while path and path not in places:
+        path = path.rpartition(".")[0]
+    return bool(path)
 
 
 def between_seconds(first: Gpu, second: Gpu, links: Sequence[Link], num_bytes: int) -> float:
@@ -190,7 +201,7 @@ def travelled_bytes(
     crossed: dict[tuple[int, int], int] = {}
     before, moved_bytes = first, 0
     for path, callee in block_calls(workload, routine, frozenset(places)):
-        place = places[path]
+        place = place_of(places, path)
         given = max(0, workload.input_bytes.get(callee, 0) - moved_bytes)
         for source, num_bytes in ((before, moved_bytes), (first, given)):
             if source != place and num_bytes:

@@ -24,7 +24,7 @@ from typing import Literal, assert_never
 
 from pipefit.cost_models.blocks import aligned
 from pipefit.cost_models.clock import Issue, Run
-from pipefit.cost_models.devices import block_calls, places_of, travelled_bytes
+from pipefit.cost_models.devices import block_calls, place_of, places_of, travelled_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -662,7 +662,7 @@ class LatencyModel:
             for routine, count in calls:
                 compute_s = self.call_seconds(routine, attention)
                 for path, block in block_calls(self.workload, routine, away):
-                    elsewhere_s = others[places[path]].call_seconds(block, attention)
+                    elsewhere_s = others[place_of(places, path)].call_seconds(block, attention)
                     compute_s += elsewhere_s - self.call_seconds(block, attention)
                 moved = travelled_bytes(self.workload, component, split, routine)
                 copy_s = sum(between_s(*way, num_bytes) for way, num_bytes in moved.items())

@@ -17,7 +17,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
-from pipefit.planner.devices import DevicePricing, balanced, price_devices
+from pipefit.planner.devices import DevicePricing, price_devices, stock
 from pipefit.planner.options import Pricing, check_required, plan_options
 from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
@@ -196,7 +196,7 @@ def predict(
     totals = {one.index: one.total_bytes for one in machine.gpus}
     _check_devices(policy.required, totals)
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
-    required, main = balanced(policy.required, seen.workload, machine)
+    required, main = stock(policy.required, seen.workload, machine)
     policy = replace(policy, required=required)
     check_required(seen.workload, policy)
     pricing: Pricing | DevicePricing = Pricing(seen.workload, gpu, load_options=seen.load_options)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.devices import between_seconds, blocks_of_split
+from pipefit.cost_models.devices import between_seconds, blocks_of_split, places_of
 from pipefit.cost_models.host_memory import host_peak
 from pipefit.cost_models.latency import Attention
 from pipefit.cost_models.machine import Gpu, Machine
@@ -39,6 +39,7 @@ from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
 from pipefit.planner.workloads import Observed
 from pipefit.strategies import strategy
+from pipefit.strategies.device_map import MODES, stock_map
 from pipefit.strategies.live import balanced_components
 from pipefit.strategies.strategy import Option
 
@@ -74,11 +75,13 @@ class DevicePricing:
         self.gpus: dict[int, Gpu] = {main: by_index[main]}
         self.gpus |= {index: by_index[index] for index in sorted(budgets)}
         self._on: dict[int, Pricing] = {}
-        for index, gpu in self.gpus.items():
+        for index, gpu in list(self.gpus.items()):
             alike = _figures(gpu)
             if alike not in priced:
                 priced[alike] = Pricing(workload, gpu, load_options=load_options)
             self._on[index] = priced[alike]
+            if index != main and budgets[index] < self._idle_bytes(index):
+                del self.gpus[index], self._on[index]
         self.memory = self._on[main].memory
         self._away_candidates: dict[tuple[int, str], Sequence[Candidate]] = {}
         self._coarse_levels: dict[str, set[tuple[object, ...]]] = {}
@@ -110,9 +113,8 @@ class DevicePricing:
     ) -> Problem:
         carried = self.memory.carried_bytes
         base = [n + context_bytes(self.gpus[self.main]) for n in carried]
-        for index, gpu in list(self.gpus.items())[1:]:
-            held = context_bytes(gpu) + self._on[index].memory.cublas_bytes
-            base += [held] * len(carried)
+        for index in list(self.gpus)[1:]:
+            base += [self._idle_bytes(index)] * len(carried)
         return Problem(
             name=f"{name} on GPU {self.main}",
             phases=tuple(
@@ -126,6 +128,10 @@ class DevicePricing:
             },
             devices=tuple(index for index, _ in self.columns),
         )
+
+    def _idle_bytes(self, index: int) -> int:
+        """Return what the process holds on a GPU besides what components bring there."""
+        return context_bytes(self.gpus[index]) + self._on[index].memory.cublas_bytes
 
     def _candidates(
         self, component: Component, policy: Policy, here: Sequence[Candidate]
@@ -340,8 +346,7 @@ class DevicePricing:
         # What computing takes on any of them, as if nothing were elsewhere.
         working_bytes = [
             round(self._on[i].memory.activation_bytes(component, choice) * (1 + SLACK_SHARE))
-            + context_bytes(self.gpus[i])
-            + self._on[i].memory.cublas_bytes
+            + self._idle_bytes(i)
             + ROUNDING_BYTES
             for i in others
         ]
@@ -405,11 +410,12 @@ class DevicePricing:
     def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
         """Return the GPUs that hold something of *picks*, the main one first."""
         found = {self.main}
-        for pick in picks.values():
+        for name, pick in picks.items():
             if pick is None:
                 continue
             if isinstance(pick.choice.placement, Split):
-                found |= {index for index, _ in pick.choice.placement.blocks}
+                split = pick.choice.placement
+                found |= set(places_of(self.workload.component(name), split).values())
             elif pick.choice.device is not None:
                 found.add(pick.choice.device)
         return tuple(index for index in self.gpus if index in found)
@@ -502,33 +508,64 @@ _NOTHING = PhaseMemory(
 )
 
 
-def balanced(
+def stock(
     options: Sequence[Option], workload: Workload, machine: Machine
 ) -> tuple[tuple[Option, ...], int]:
-    """Return *options* with the GPU of each component for ``mode=balanced``, and the main GPU.
+    """Return *options* with what the libraries choose in place of a ``mode``, and the main GPU.
 
     That is the first component's, where diffusers' pipelines compute then; else the first there is.
 
     Raises:
-        InvalidRequest: if diffusers leaves a component to the CPU, or forgets it.
+        InvalidRequest: for a mode that there is not, or one that leaves weights to the CPU.
     """
-    stock = [o for o in options if o.parameters.get("mode") == "balanced" and o.component is None]
-    if not any(option.strategy == "device_map" for option in stock):
-        return tuple(options), machine.gpus[0].index
-    places = balanced_components(
-        {component.name: component.weight_bytes for component in workload.components},
-        {gpu.index: gpu.free_bytes - context_bytes(gpu) for gpu in machine.gpus},
-    )
+    main = machine.gpus[0].index
+    rooms = {gpu.index: gpu.free_bytes - context_bytes(gpu) for gpu in machine.gpus}
+    found: list[Option] = []
+    for option in options:
+        mode = option.parameters.get("mode")
+        if option.strategy != "device_map" or mode is None:
+            found.append(option)
+        elif option.component is None:
+            _check_mode(mode, ("balanced",), "a whole pipeline")
+            places = _balanced(workload, rooms)
+            found += [at_device(name, index) for name, index in places.items()]
+            main = places[workload.components[0].name]
+        else:
+            _check_mode(mode, MODES, "a component")
+            found.append(_mapped(workload.component(option.component), mode, rooms))
+    return tuple(found), main
+
+
+def _check_mode(mode: object, known: Sequence[str], subject: str) -> None:
+    if mode not in known:
+        raise InvalidRequest(
+            f"device_map:mode of {subject} is {' or '.join(known)}, but was {mode!r}."
+        )
+
+
+def _balanced(workload: Workload, rooms: Mapping[int, int]) -> dict[str, int]:
+    places = balanced_components({c.name: c.weight_bytes for c in workload.components}, rooms)
     left = [c for c in workload.components if not isinstance(places.get(c.name), int)]
     if left:
         said = ", ".join(f"{c.name} ({format_bytes(c.weight_bytes)})" for c in left)
         raise InvalidRequest(
-            f"diffusers' balanced gives no GPU to {said}: leave device_map out of a plan, which "
-            "places every component."
+            f"diffusers' balanced gives no GPU to {said}: make a plan, which leaves none out."
         )
-    on_gpus = [at_device(name, int(index)) for name, index in places.items()]
-    others = [option for option in options if option not in stock]
-    return (*others, *on_gpus), int(places[workload.components[0].name])
+    return {c.name: int(places[c.name]) for c in workload.components}
+
+
+def _mapped(component: Component, mode: str, rooms: Mapping[int, int]) -> Option:
+    places = stock_map(component, mode, rooms)
+    left = [path for path, place in places.items() if not isinstance(place, int)]
+    if left:
+        raise InvalidRequest(
+            f"accelerate's {mode} leaves {len(left)} modules of {component.name} on the CPU, the "
+            f"first {left[0]}: make a plan, which streams what has no room."
+        )
+    indices = set(places.values())
+    if len(indices) == 1:
+        return at_device(component.name, int(indices.pop()))
+    return Option(strategy="device_map", component=component.name, parameters={"map": places})
 
 
 def price_devices(

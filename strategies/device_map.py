@@ -7,9 +7,11 @@ and diffusers' own ``device_map`` leaves what ``vae.encode`` returns on the othe
 component has the hooks of accelerate's ``dispatch_model`` on its blocks.
 
 ``device`` says where, and leaves how the weights lie there to another strategy (resident, unless
-one is named); ``split`` says both; ``mode=balanced`` stands, in a prediction, for the GPUs that
-diffusers would give to the components. Group offload is not had elsewhere than on the main GPU,
-because a pipeline computes where its first group-offloaded component does.
+one is named); ``split`` says both, and so does ``map``, module by module as accelerate writes it.
+``mode`` stands, in a prediction, for what the libraries choose: diffusers for the components of a
+pipeline (``balanced``), accelerate for the blocks of a component. Group offload is not had
+elsewhere than on the main GPU, because a pipeline computes where its first group-offloaded
+component does.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 from pipefit.strategies.streaming import entry_hook
 
-PARAMETERS = ("device", "split", "mode")
+PARAMETERS = ("device", "split", "map", "mode")
+MODES = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What accelerate can be asked to work out for a model; ``auto`` is its ``balanced``."""
 _SPLIT = re.compile(r"\d+:\d+(\+\d+:\d+)+")
 
 
@@ -67,11 +71,11 @@ class DeviceMap:
         if wrong:
             return wrong
         if len(parameters) != 1:
-            return "device_map takes one of device=1, split=0:30+1:27 and mode=balanced."
+            return "device_map takes one of device=1, split=0:30+1:27, map and mode=balanced."
         if "mode" in parameters:
-            if parameters["mode"] != "balanced":
-                return f"device_map:mode is balanced, but was {parameters['mode']!r}."
-            return "device_map:mode=balanced is for the whole pipeline, in a prediction of it."
+            return "device_map:mode is what the libraries would choose: it can only be predicted."
+        if "map" in parameters:
+            return _map_refusal(component, parameters["map"])
         if "device" in parameters:
             return _device_refusal(component, parameters["device"])
         return _split_refusal(component, parameters["split"])
@@ -84,6 +88,8 @@ class DeviceMap:
 
     def placement(self, parameters: Mapping[str, Any]) -> placement.Split | None:
         """The split as data; ``device`` alone does not say how the weights lie there."""
+        if "map" in parameters:
+            return placement.Split(places=tuple(parameters["map"].items()))
         if "split" not in parameters:
             return None
         parts = (part.split(":") for part in parameters["split"].split("+"))
@@ -101,13 +107,14 @@ class DeviceMap:
         module = modules[name]
         with ExitStack() as undo:
             undo.callback(device_restorer(module))
-            if "split" in parameters:
+            is_split = "device" not in parameters
+            if is_split:
                 _dispatch(module, self._places(name, module, parameters), main, undo)
             # diffusers takes the first component's hook as the place where the pipeline computes.
             for part in modules.values():
                 entry_hook(part, main, undo)
             undo.callback(attribute_restorer(module, ("forward", *ENTRY_METHODS)))
-            home = main if "split" in parameters else numbered(main, parameters["device"])
+            home = main if is_split else numbered(main, parameters["device"])
             entered: list[Any] = []
             for method in ("forward", *ENTRY_METHODS):
                 if callable(getattr(module, method, None)):
@@ -129,10 +136,51 @@ def numbered(main: Any, index: int) -> Any:
     return main if main.type == "cpu" else torch.device(main.type, index)
 
 
+def stock_map(
+    component: Component, mode: str, room_bytes: Mapping[int, int]
+) -> dict[str, int | str]:
+    """Return where accelerate would put the modules of *component*: on GPUs, or ``"cpu"``.
+
+    It is asked itself, about modules without weights that have the component's names and classes.
+    """
+    import torch
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+    from torch import nn
+
+    modules: dict[str, Any] = {}
+    for module in component.modules:
+        made = type(module.class_name, (nn.Module,), {})()
+        modules[module.path] = made
+        if module.path:
+            above, _, name = module.path.rpartition(".")
+            modules[above].add_module(name, made)
+    made_of: dict[str, Any] = {}
+    for tensor in component.tensors:
+        above, _, name = tensor.path.rpartition(".")
+        empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+        if tensor.is_buffer:
+            modules[above].register_buffer(name, empty)
+            continue
+        own = nn.Parameter(empty, requires_grad=False)
+        made_of[tensor.path] = made_of.get(str(tensor.tied_to), own)
+        modules[above].register_parameter(name, made_of[tensor.path])
+    whole = list(component.traits.get(NO_SPLIT_MODULES, ()))
+    room = {**room_bytes, "cpu": 1 << 60}  # for anything: what lands there is said
+    if mode != "sequential":
+        low_zero = mode == "balanced_low_0"
+        room = get_balanced_memory(
+            modules[""], room, no_split_module_classes=whole, low_zero=low_zero
+        )
+    return dict(infer_auto_device_map(modules[""], room, no_split_module_classes=whole))
+
+
 def devices_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the indices of the GPUs that *parameters* name, as far as they can be understood."""
     if isinstance(parameters.get("device"), int):
         return (parameters["device"],)
+    if isinstance(parameters.get("map"), Mapping):
+        return tuple(parameters["map"].values())
     return tuple(int(index) for index in re.findall(r"(\d+):", str(parameters.get("split", ""))))
 
 
@@ -149,6 +197,22 @@ def _device_refusal(component: Component, index: Any) -> str | None:
         return f"device_map:device is the index of a GPU, but was {index!r}."
     if component.traits.get("is_autoencoder") and component.traits.get("has_own_batch_norm"):
         return f"{component.class_name} keeps batch statistics that pipelines read without it."
+    return None
+
+
+def _map_refusal(component: Component, places: Any) -> str | None:
+    if not isinstance(places, Mapping) or not all(
+        isinstance(index, int) and not isinstance(index, bool) for index in places.values()
+    ):
+        return f"device_map:map gives each module's path the index of a GPU, but was {places!r}."
+    if len(set(places.values())) < 2:
+        return "device_map:map names a single GPU: say device_map:device=1."
+    for tensor in component.tensors:
+        above = [path for path in places if f"{tensor.path}.".startswith(f"{path}.")]
+        if len(above) != 1:
+            return (
+                f"device_map:map names {tensor.path} of {component.class_name} {len(above)} times."
+            )
     return None
 
 

@@ -19,7 +19,7 @@ from pipefit.cost_models.workload import Kernel, Workload
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import decide
-from pipefit.planner.devices import DevicePricing, balanced, main_gpus, price_devices
+from pipefit.planner.devices import DevicePricing, main_gpus, price_devices, stock
 from pipefit.planner.plan import Plan
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Limits, search
@@ -106,7 +106,7 @@ def test_balanced_forgets_a_component_and_a_plan_does_not() -> None:
     }
     of, on = by_hand(SIZES), machine(20 * GB + GB, 10 * GB + GB)
     with pytest.raises(pipefit.InvalidRequest, match=r"gives no GPU to third .*, fourth"):
-        balanced([Option(strategy="device_map", parameters={"mode": "balanced"})], of, on)
+        stock([Option(strategy="device_map", parameters={"mode": "balanced"})], of, on)
     plan = planned(of, on)
     assert {option.component for option in plan.options} == set(SIZES)
     assert len(plan.prediction.peak_vram) == 2
@@ -221,7 +221,7 @@ def test_a_component_is_put_where_it_was_asked_for() -> None:
     assert any(o.strategy == "resident" and o.component == "vae" for o in predicted.options)
     with pytest.raises(pipefit.InvalidRequest, match="names GPU 7"):
         api.predict(pipe, ["device_map:device=7@vae"], call=call, machine=PAIR)
-    with pytest.raises(pipefit.InvalidRequest, match="whole pipeline, in a prediction"):
+    with pytest.raises(pipefit.InvalidRequest, match="can only be predicted"):
         api.plan(pipe, "1GB", call=call, machine=PAIR, with_=["device_map:mode=balanced"])
 
 

@@ -21,6 +21,7 @@ from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import run_call
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.describe import describe_component
+from pipefit.strategies.device_map import MODES, stock_map
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 
@@ -73,6 +74,17 @@ def split(name: str) -> Any:
     return options
 
 
+def mapped(name: str) -> Any:
+    """*name* as accelerate balances it over two GPUs, the rest of the pipeline on GPU 0."""
+
+    def options(pipe: Any) -> list[Option]:
+        places = stock_map(described(pipe, name), "balanced", {0: 1 << 30, 1: 1 << 30})
+        rest = [o for o in away()(pipe) if o.component != name]
+        return [Option(strategy="device_map", component=name, parameters={"map": places}), *rest]
+
+    return options
+
+
 CASES = {
     "the first component": ("stable_diffusion_xl", away("vae")),
     "an autoencoder that encodes, too": ("stable_diffusion_xl_img2img", away("vae")),
@@ -82,6 +94,7 @@ CASES = {
     "streamed on another": ("flux", away("text_encoder_2", how="streaming", **STREAMED)),
     "a split transformer": ("flux", split("transformer")),
     "a split text encoder": ("flux", split("text_encoder_2")),
+    "a transformer as accelerate maps it": ("pixart_sigma", mapped("transformer")),
     "a language model": ("sana", away("text_encoder")),
 }
 
@@ -147,10 +160,35 @@ def test_every_tensor_of_a_split_lies_on_one_gpu() -> None:
     assert min(sizes) > 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "component"), [("flux", "transformer"), ("sana", "text_encoder")])
+def test_accelerate_maps_names_and_sizes_as_it_maps_the_model(
+    name: str, component: str, mode: str
+) -> None:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    pipe, _ = untouched(name)
+    module, found = getattr(pipe, component), described(pipe, component)
+    third = found.weight_bytes // 3
+    room: dict[int | str, int] = {0: third, 1: third, 2: third, "cpu": 1 << 40}
+    whole = module._no_split_modules
+    if mode != "sequential":
+        room = get_balanced_memory(
+            module, room, no_split_module_classes=whole, low_zero=mode == "balanced_low_0"
+        )
+    expected = infer_auto_device_map(module, room, no_split_module_classes=whole)
+    assert stock_map(found, mode, dict.fromkeys(range(3), third)) == dict(expected)
+
+
 @pytest.mark.parametrize(
     ("name", "component", "parameters", "words"),
     [
-        ("flux", "vae", {}, "either device=1 or split"),
+        ("flux", "vae", {}, "one of device=1"),
+        ("flux", "vae", {"mode": "balanced"}, "can only be predicted"),
+        ("flux", "vae", {"map": {"encoder": 0, "decoder": 0}}, "names a single GPU"),
+        ("flux", "vae", {"map": {"encoder": 0, "quant_conv": 1}}, "names decoder"),
+        ("flux", "vae", {"map": {"encoder": "cpu"}}, "index of a GPU"),
         ("flux", "vae", {"device": -1}, "index of a GPU"),
         ("flux", "transformer", {"split": "0:1"}, "numbers of blocks by GPU"),
         ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice"),
