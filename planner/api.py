@@ -137,7 +137,7 @@ def plan(
 
     def pricings(at: Policy) -> list[Pricing | DevicePricing]:
         if device is None:
-            return price_devices(lambda gpu: seen_on(gpu, at), machine, at.budget_bytes)
+            return price_devices(lambda gpu: seen_on(gpu, at), machine, at.budget_bytes, at)
         gpu = gpus[device]
         return [Pricing(s.workload, gpu, load_options=s.load_options) for s in seen_on(gpu, at)]
 

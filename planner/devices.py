@@ -96,7 +96,7 @@ class DevicePricing:
         own = self._on[self.main].problems(policy)
         mixed = next((problem for problem in own if problem.name == MIXED), None)
         wide = [problem for problem in own if problem is not mixed]
-        if any(option.strategy == "device_map" for option in policy.required):
+        if _maps(policy):
             wide = []
         found = [self._problem(one.name, one.base_s, dict(one.components)) for one in wide]
         if mixed is not None:
@@ -137,32 +137,34 @@ class DevicePricing:
         self, component: Component, policy: Policy, here: Sequence[Candidate]
     ) -> list[Candidate]:
         """Return the candidates *here*, on the main GPU, and those on others."""
-        asked = [
-            option
-            for option in policy.required
-            if option.strategy == "device_map" and option.component in (component.name, None)
-        ]
-        found = list(here)
         if not any(phase.component == component.name for phase in self.workload.phases):
-            return found
+            return list(here)
+        asked = next((o for o in _maps(policy) if o.component in (component.name, None)), None)
+        if asked is not None:
+            return self._asked(component, policy, here, asked)
+        found = list(here)
         if "device_map" in policy.forbidden:
             return found
-        if component.name == self._leading:
-            found += self._splits(component, policy, found)
-        else:
-            for index in self._others(component):
-                found += self._away(component, policy, index)
-        if asked:
-            return [one for one in found if _is_asked(one, asked[0], self.main)]
+        if component.name == leading(self.workload):
+            return found + self._splits(component, policy, found)
+        for index in list(self.gpus)[1:] if _maps(policy) else self._others(component):
+            found += self._away(component, policy, index)
         return found
 
-    @property
-    def _leading(self) -> str:
-        """The component that is called most often, the first of those."""
-        counts: dict[str, int] = {}
-        for phase in self.workload.phases:
-            counts[phase.component] = counts.get(phase.component, 0) + phase.num_calls
-        return max(counts, key=lambda name: counts[name])
+    def _asked(
+        self, component: Component, policy: Policy, here: Sequence[Candidate], asked: Option
+    ) -> list[Candidate]:
+        """Return the candidates of *component* on the GPUs that it is wanted on."""
+        split = strategy("device_map").placement(asked.parameters)
+        if isinstance(split, Split):
+            is_led = next(iter(places_of(component, split).values())) == self.main
+            whole = [c for c in here if is_led and _placement(c) == Resident()]
+            option = replace(asked, component=component.name)
+            return [self._divided(component, one, option, split) for one in whole]
+        index = asked.parameters["device"]
+        if index == self.main:
+            return list(here)
+        return self._away(component, policy, index) if index in self.gpus else []
 
     def _others(self, component: Component) -> Iterator[int]:
         """Yield the GPUs that *component* may go to besides the main one.
@@ -170,10 +172,12 @@ class DevicePricing:
         Of GPUs that are alike in everything the first component may take the first only, the second
         one of the first two, and so on: whatever else could be chosen is the same with other names.
         """
-        names = [c.name for c in self.workload.components if c.name != self._leading]
+        lead = leading(self.workload)
+        names = [c.name for c in self.workload.components if c.name != lead]
         place = names.index(component.name)
         # A split may take any of them before.
-        room = place + 1 + len(self.gpus) if blocks_of_split(self._lead) else place + 1
+        is_split = bool(blocks_of_split(self.workload.component(lead)))
+        room = place + 1 + len(self.gpus) if is_split else place + 1
         taken: dict[object, int] = {}
         for index, gpu in list(self.gpus.items())[1:]:
             alike = (
@@ -184,10 +188,6 @@ class DevicePricing:
             taken[alike] = taken.get(alike, 0) + 1
             if taken[alike] <= room:
                 yield index
-
-    @property
-    def _lead(self) -> Component:
-        return self.workload.component(self._leading)
 
     def _filled(self, candidate: Candidate) -> Candidate:
         """Return *candidate* with a figure for every column: what is on one GPU is on no other."""
@@ -297,33 +297,38 @@ class DevicePricing:
         base = context_bytes(self.gpus[self.main])
         if any(max(c.phase_bytes[: len(self.workload.phases)]) + base <= largest for c in resident):
             return []
-        found: dict[str, Candidate] = {}
+        found: list[Candidate] = []
         for plain in resident:
             pick = plain.payload
             assert isinstance(pick, Pick)
-            for split in self._fillings(component, pick.choice):
+            for split in dict.fromkeys(self._fillings(component, pick.choice)):
                 option = Option(
                     strategy="device_map",
                     component=component.name,
                     parameters={"split": "+".join(f"{i}:{n}" for i, n in split.blocks)},
                 )
-                choice = replace(pick.choice, placement=split)
-                key = f"{option.parameters['split']}|{choice.variant}"
-                if key in found:
-                    continue
-                found[key] = replace(
-                    plain,
-                    key=key,
-                    phase_bytes=self._phase_bytes(component, choice),
-                    call_s=sum(
-                        self._split_seconds(phase, choice, pick.attention)[0]
-                        for phase in self.workload.phases
-                        if phase.component == component.name
-                    ),
-                    num_strategies=plain.num_strategies + 1,
-                    payload=replace(pick, choice=choice, options=(*_compute_options(pick), option)),
-                )
-        return list(found.values())
+                found.append(self._divided(component, plain, option, split))
+        return found
+
+    def _divided(
+        self, component: Component, plain: Candidate, option: Option, split: Split
+    ) -> Candidate:
+        """Return the candidate that *option* makes of a resident one."""
+        pick = plain.payload
+        assert isinstance(pick, Pick)
+        choice = replace(pick.choice, placement=split)
+        return replace(
+            plain,
+            key=f"{next(iter(option.parameters.values()))}|{choice.variant}",
+            phase_bytes=self._phase_bytes(component, choice),
+            call_s=sum(
+                self._split_seconds(phase, choice, pick.attention)[0]
+                for phase in self.workload.phases
+                if phase.component == component.name
+            ),
+            num_strategies=plain.num_strategies + 1,
+            payload=replace(pick, choice=choice, options=(*_compute_options(pick), option)),
+        )
 
     def _fillings(self, component: Component, choice: Choice) -> Iterator[Split]:
         blocks = blocks_of_split(component)
@@ -569,7 +574,10 @@ def _mapped(component: Component, mode: str, rooms: Mapping[int, int]) -> Option
 
 
 def price_devices(
-    observe: Callable[[Gpu], Sequence[Observed]], machine: Machine, budgets: Mapping[int, int]
+    observe: Callable[[Gpu], Sequence[Observed]],
+    machine: Machine,
+    budgets: Mapping[int, int],
+    policy: Policy,
 ) -> list[Pricing | DevicePricing]:
     """Return the pricings for each GPU on which the pipeline may compute.
 
@@ -587,7 +595,8 @@ def price_devices(
         return kind, seen[kind]
 
     _, first = seen_by(by_index[min(budgets)])
-    for main in main_gpus(first[0].workload, machine, budgets):
+    workload = first[0].workload
+    for main in _asked_mains(workload, policy) or main_gpus(workload, machine, budgets):
         kind, observed = seen_by(by_index[main])
         for number, one in enumerate(observed):
             found.append(
@@ -603,14 +612,42 @@ def price_devices(
     return found
 
 
+def leading(workload: Workload) -> str:
+    """Return the component that is called most often, the first of those."""
+    counts: dict[str, int] = {}
+    for phase in workload.phases:
+        counts[phase.component] = counts.get(phase.component, 0) + phase.num_calls
+    return max(counts, key=lambda name: counts[name])
+
+
+def _maps(policy: Policy) -> list[Option]:
+    return [option for option in policy.required if option.strategy == "device_map"]
+
+
+def _asked_mains(workload: Workload, policy: Policy) -> tuple[int, ...]:
+    """Return the GPU on which a required device map wants the pipeline, if one says so."""
+    lead = leading(workload)
+    for option in _maps(policy):
+        named = [lead] if option.component is None else [option.component]
+        for component in (workload.component(name) for name in named):
+            split = strategy("device_map").placement(option.parameters)
+            if isinstance(split, Split):
+                return (next(iter(places_of(component, split).values())),)
+            if component.name == lead:
+                return (int(option.parameters["device"]),)
+    return ()
+
+
 def main_gpus(workload: Workload, machine: Machine, budgets: Mapping[int, int]) -> tuple[int, ...]:
     """Return the GPUs on which the pipeline may compute: those that no other exceeds both in speed
     and in budget, and of such that are alike the first."""
-    phase = max(workload.phases, key=lambda phase: phase.num_calls)
+    lead = leading(workload)
+    phases = [phase for phase in workload.phases if phase.component == lead]
     found: list[tuple[float, int, int]] = []
     for gpu in machine.gpus:
         if gpu.index in budgets:
-            seconds = Pricing(workload, gpu).phase_seconds(phase, _PLAIN, "native")[0]
+            pricing = Pricing(workload, gpu)
+            seconds = sum(pricing.phase_seconds(one, _PLAIN, "native")[0] for one in phases)
             found.append((seconds, -budgets[gpu.index], gpu.index))
     found.sort()
     front: list[int] = []
@@ -645,12 +682,3 @@ def _placement(candidate: Candidate) -> object:
 
 def _compute_options(pick: Pick) -> tuple[Option, ...]:
     return tuple(o for o in pick.options if strategy(o.strategy).kind == "compute")
-
-
-def _is_asked(candidate: Candidate, asked: Option, main: int) -> bool:
-    """Whether *candidate* is where *asked* wants it."""
-    pick = candidate.payload
-    if not isinstance(pick, Pick):
-        return True
-    found = [dict(o.parameters) for o in pick.options if o.strategy == "device_map"]
-    return (found or [{"device": main}]) == [dict(asked.parameters)]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -167,12 +168,18 @@ def stock_map(
         modules[above].register_parameter(name, made_of[tensor.path])
     whole = list(component.traits.get(NO_SPLIT_MODULES, ()))
     room = {**room_bytes, "cpu": 1 << 60}  # for anything: what lands there is said
-    if mode != "sequential":
-        low_zero = mode == "balanced_low_0"
-        room = get_balanced_memory(
-            modules[""], room, no_split_module_classes=whole, low_zero=low_zero
-        )
-    return dict(infer_auto_device_map(modules[""], room, no_split_module_classes=whole))
+    log = logging.getLogger("accelerate")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of GPUs that are not in this computer
+    try:
+        if mode != "sequential":
+            low_zero = mode == "balanced_low_0"
+            room = get_balanced_memory(
+                modules[""], room, no_split_module_classes=whole, low_zero=low_zero
+            )
+        return dict(infer_auto_device_map(modules[""], room, no_split_module_classes=whole))
+    finally:
+        log.setLevel(level)
 
 
 def devices_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
