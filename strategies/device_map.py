@@ -82,9 +82,11 @@ class DeviceMap:
         return _split_refusal(component, parameters["split"])
 
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
-        """Group offload away from the main GPU; anything else that places what is split."""
+        """What decides for the whole pipeline where it computes."""
         if other.strategy == "group_offload":
             return "a pipeline computes where its first group-offloaded component does."
+        if other.strategy in ("model_offload", "sequential_offload"):
+            return "that brings all components to one GPU."
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> placement.Split | None:

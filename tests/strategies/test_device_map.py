@@ -209,6 +209,9 @@ def test_nothing_else_places_what_is_split_and_no_groups_are_elsewhere() -> None
     twice = [*split("transformer")(pipe), Option(strategy="resident", component="transformer")]
     with pytest.raises(InvalidRequest, match="both place the weights of transformer"):
         apply_options(pipe, twice, "cpu")
+    turns = [Option(strategy="model_offload"), away("vae")(pipe)[0]]
+    with pytest.raises(InvalidRequest, match="that brings all components to one GPU"):
+        apply_options(pipe, turns, "cpu")
     groups = away("vae", how="group_offload", offload_type="leaf_level")(pipe)
     with pytest.raises(InvalidRequest, match="device_map cannot be used with group_offload"):
         apply_options(pipe, groups, "cpu")
