@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipefit.cost_models.context import context_bytes
@@ -20,7 +20,7 @@ from pipefit.cost_models.host_memory import host_peak
 from pipefit.cost_models.latency import Attention
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.memory import SLACK_SHARE, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Resident, Split
+from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Split
 from pipefit.cost_models.prediction import Choice, Latency, Prediction
 from pipefit.cost_models.units import MIB, format_bytes
 from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
@@ -48,6 +48,15 @@ ROUNDING_BYTES = 64 * MIB
 choice, three of its 20 MiB: without, the replay refutes the tightest split on one GPU or other."""
 
 
+@dataclass(slots=True)
+class Shared:
+    """What is worked out once for all main GPUs, by figures of a GPU and by component."""
+
+    pricings: dict[str, Pricing] = field(default_factory=dict)
+    placements: dict[str, Sequence[tuple[Option, Placement]]] = field(default_factory=dict)
+    away: dict[tuple[str, str], Sequence[Candidate]] = field(default_factory=dict)
+
+
 class DevicePricing:
     """Prices every candidate of one workload on several GPUs, the pipeline on one of them.
 
@@ -63,7 +72,7 @@ class DevicePricing:
         main: int,
         *,
         load_options: Sequence[Option] = (),
-        priced: dict[str, Pricing] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.workload = workload
         self.load_options = tuple(load_options)
@@ -71,7 +80,8 @@ class DevicePricing:
         self.budgets = budgets
         self.machine = machine
         by_index = {gpu.index: gpu for gpu in machine.gpus}
-        priced = {} if priced is None else priced
+        self._shared = Shared() if shared is None else shared
+        priced = self._shared.pricings
         self.gpus: dict[int, Gpu] = {main: by_index[main]}
         self.gpus |= {index: by_index[index] for index in sorted(budgets)}
         self._on: dict[int, Pricing] = {}
@@ -83,8 +93,6 @@ class DevicePricing:
             if index != main and budgets[index] < self._idle_bytes(index):
                 del self.gpus[index], self._on[index]
         self.memory = self._on[main].memory
-        self._away_candidates: dict[tuple[int, str], Sequence[Candidate]] = {}
-        self._coarse_levels: dict[str, set[tuple[object, ...]]] = {}
         self.columns: tuple[tuple[int, Phase], ...] = tuple(
             (index, phase) for index in self.gpus for phase in workload.phases
         )
@@ -222,33 +230,15 @@ class DevicePricing:
         return found
 
     def _priced_away(self, component: Component, policy: Policy, index: int) -> Sequence[Candidate]:
-        pricing = self._on[index]
-        key = id(pricing), component.name
-        if key not in self._away_candidates:
-            self._away_candidates[key] = pricing.mixed_candidates(
-                component, policy, self._is_coarse
-            )
-        return self._away_candidates[key]
-
-    def _is_coarse(self, option: Option) -> bool:
-        """Whether a placement is considered on other GPUs than the main one.
-
-        Resident, and streaming that leaves when it is idle, in the few levels that streaming offers
-        out of ordinary memory: what is there is called once or twice, and there are many GPUs.
-        """
-        if option.strategy != "streaming":
-            return option.strategy == "resident"
-        name = str(option.component)
-        if name not in self._coarse_levels:
-            component, gpu = self.workload.component(name), self.gpus[self.main]
-            self._coarse_levels[name] = {
-                _level(one)
-                for one in strategy("streaming").options(component, self.workload, gpu)
-                if one.get("host_memory") == "pageable"
-            }
-        given = option.parameters
-        is_plain = given.get("when_idle") == "leave" and not {"load_with", "host_memory"} & {*given}
-        return is_plain and _level(given) in self._coarse_levels[name]
+        """Return the candidates for a GPU like that one, priced as if it were the main one."""
+        key = _figures(self.gpus[index]), component.name
+        if key not in self._shared.away:
+            if component.name not in self._shared.placements:
+                offered = self._on[self.main].offered(component, policy)
+                self._shared.placements[component.name] = _coarse(offered)
+            placements = self._shared.placements[component.name]
+            self._shared.away[key] = self._on[index].candidates(component, placements, policy)
+        return self._shared.away[key]
 
     def _phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
         return tuple(
@@ -584,7 +574,7 @@ def price_devices(
     *observe* traces the call for a GPU; parts of a kind see the same.
     """
     seen: dict[object, Sequence[Observed]] = {}
-    priced: dict[object, dict[str, Pricing]] = {}
+    shared: dict[object, Shared] = {}
     by_index = {gpu.index: gpu for gpu in machine.gpus}
     found: list[Pricing | DevicePricing] = []
 
@@ -606,7 +596,7 @@ def price_devices(
                     budgets,
                     main,
                     load_options=one.load_options,
-                    priced=priced.setdefault((kind, number), {}),
+                    shared=shared.setdefault((kind, number), Shared()),
                 )
             )
     return found
@@ -671,8 +661,27 @@ def _figures(gpu: Gpu) -> str:
     return repr(alike)
 
 
-def _level(parameters: Mapping[str, Any]) -> tuple[object, ...]:
-    return parameters["resident_blocks"], parameters["num_slots"]
+def _coarse(offered: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, Placement]]:
+    """Return the placements that are considered on other GPUs than the main one.
+
+    Resident, and streaming that leaves when it is idle, in the few levels that are offered out of
+    ordinary memory too: what is there is called once or twice, and there are many GPUs. Of a single
+    placement, which was asked for, that one.
+    """
+
+    def level(option: Option) -> tuple[Any, ...]:
+        return option.parameters.get("resident_blocks"), option.parameters.get("num_slots")
+
+    levels = {level(o) for o, _ in offered if o.parameters.get("host_memory") == "pageable"}
+
+    def is_wanted(option: Option) -> bool:
+        if len(offered) == 1 or option.strategy != "streaming":
+            return option.strategy != "group_offload"
+        given = option.parameters
+        is_plain = given.get("when_idle") == "leave" and not {"load_with", "host_memory"} & {*given}
+        return is_plain and level(option) in levels
+
+    return [one for one in offered if is_wanted(one[0])]
 
 
 def _placement(candidate: Candidate) -> object:

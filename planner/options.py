@@ -8,7 +8,7 @@ problem of its own; everything else is one problem in which components choose in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,7 +194,10 @@ class Pricing:
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
         per_component = _allowed("placement", policy)
         if not required_wide:
-            groups = {c.name: self.mixed_candidates(c, policy) for c in self.workload.components}
+            groups = {
+                c.name: self.candidates(c, self.offered(c, policy), policy)
+                for c in self.workload.components
+            }
             if all(groups.values()):
                 found.append(self._problem(MIXED, groups))
         if not any(_is_required(policy, one) for one in per_component):
@@ -210,7 +213,7 @@ class Pricing:
                     self._problem(
                         one.name,
                         {
-                            c.name: self._candidates(c, [(option, placement)], policy)
+                            c.name: self.candidates(c, [(option, placement)], policy)
                             for c in self.workload.components
                         },
                     )
@@ -227,15 +230,9 @@ class Pricing:
             components=groups,
         )
 
-    def mixed_candidates(
-        self,
-        component: Component,
-        policy: Policy,
-        is_wanted: Callable[[Option], bool] = lambda option: True,
-    ) -> list[Candidate]:
-        """Return what *component* may choose by itself, under the placements that are wanted."""
-        offered = self._placements(component, _allowed("placement", policy), policy)
-        return self._candidates(component, [one for one in offered if is_wanted(one[0])], policy)
+    def offered(self, component: Component, policy: Policy) -> list[tuple[Option, Placement]]:
+        """Return the placements that *component* may choose by itself."""
+        return self._placements(component, _allowed("placement", policy), policy)
 
     def _placements(
         self, component: Component, strategies: Sequence[Strategy], policy: Policy
@@ -259,9 +256,10 @@ class Pricing:
             found.append((option, placement))
         return found
 
-    def _candidates(
+    def candidates(
         self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
     ) -> list[Candidate]:
+        """Return *component* under each of *placements*, computing in each way that was traced."""
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]

@@ -262,13 +262,10 @@ def _dispatch(module: Any, places: Mapping[str, int], main: Any, undo: ExitStack
         else:
             tensor = functools.reduce(getattr, path.split("."), module)
             tensor.data = tensor.data.to(device)
-    dispatch_model(
-        module,
-        devices,
-        main_device=main,
-        skip_keys=getattr(module, "_skip_keys", None),
-        force_hooks=True,
-    )
+    # What diffusers and transformers leave where it is, such as a cache of keys and values.
+    stays = getattr(module, "_skip_keys", None)
+    stays = stays or getattr(module, "_skip_keys_device_placement", None)
+    dispatch_model(module, devices, main_device=main, skip_keys=stays, force_hooks=True)
     remove_hook_from_module(module)
 
 
