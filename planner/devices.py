@@ -48,6 +48,11 @@ ROUNDING_BYTES = 64 * MIB
 choice, three of its 20 MiB: without, the replay refutes the tightest split on one GPU or other."""
 
 
+FEW_GPUS = 4
+"""Unlike GPUs that are all tried as the main one; our choice: each is priced in a second, and more
+of them leave room enough for whatever the best of them has not."""
+
+
 @dataclass(slots=True)
 class Shared:
     """What is worked out once for all main GPUs, by figures of a GPU and by component."""
@@ -629,24 +634,34 @@ def _asked_mains(workload: Workload, policy: Policy) -> tuple[int, ...]:
 
 
 def main_gpus(workload: Workload, machine: Machine, budgets: Mapping[int, int]) -> tuple[int, ...]:
-    """Return the GPUs on which the pipeline may compute: those that no other exceeds both in speed
-    and in budget, and of such that are alike the first."""
+    """Return the GPUs that are tried as the main one, the fastest first.
+
+    All of a few; of more than :data:`FEW_GPUS` those that no other exceeds both in speed and in
+    budget. Of GPUs that are alike in everything the first.
+    """
     lead = leading(workload)
     phases = [phase for phase in workload.phases if phase.component == lead]
-    found: list[tuple[float, int, int]] = []
+    pricings: dict[str, Pricing] = {}
+    unlike: dict[object, tuple[float, int, int]] = {}
     for gpu in machine.gpus:
         if gpu.index in budgets:
-            pricing = Pricing(workload, gpu)
+            figures = _figures(gpu)
+            pricing = pricings.setdefault(figures, Pricing(workload, gpu))
             seconds = sum(pricing.phase_seconds(one, _PLAIN, "native")[0] for one in phases)
-            found.append((seconds, -budgets[gpu.index], gpu.index))
-    found.sort()
-    front: list[int] = []
-    largest = 0
-    for _, less_budget, index in found:
-        if -less_budget > largest:
-            front.append(index)
-            largest = -less_budget
-    return tuple(front)
+            links = sorted(
+                link.bytes_per_s for link in machine.links if gpu.index in (link.first, link.second)
+            )
+            alike = figures, budgets[gpu.index], *links
+            unlike.setdefault(alike, (seconds, -budgets[gpu.index], gpu.index))
+    found = sorted(unlike.values())
+    if len(found) <= FEW_GPUS:
+        return tuple(index for _, _, index in found)
+    # Those after which no larger budget has come yet.
+    largest = itertools.accumulate((less for _, less, _ in found), min)
+    before = [0, *largest]
+    return tuple(
+        index for (_, less, index), most in zip(found, before, strict=False) if less < most
+    )
 
 
 _PLAIN = Choice(placement=Resident())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.cost_models.workloads import linear_stack, routine, workload
 from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import small_call
@@ -162,11 +165,47 @@ def test_sixteen_uneven_gpus_take_what_none_of_them_could() -> None:
     assert len(plan.prediction.peak_vram) >= 4
 
 
-def test_only_gpus_that_none_exceeds_in_speed_and_budget_are_the_main_one() -> None:
+def test_of_many_gpus_those_are_the_main_one_that_none_exceeds_in_speed_and_budget() -> None:
     of = by_hand({"transformer": 2 * GB})
-    on = reference_machine(["rtx-3090", "rtx-4090", "rtx-3090", "rtx-4060"], ram_bytes=64 * GB)
-    assert main_gpus(of, on, {0: 8 * GB, 1: 8 * GB, 2: 8 * GB, 3: 4 * GB}) == (1,)
-    assert main_gpus(of, on, {0: 12 * GB, 1: 8 * GB, 2: 12 * GB, 3: 4 * GB}) == (1, 0)
+    on = reference_machine(["rtx-3090", "rtx-4090", "rtx-3090", "rtx-4060"] * 2, ram_bytes=64 * GB)
+    budgets = {0: 8 * GB, 1: 8 * GB, 2: 8 * GB, 3: 4 * GB}
+    assert main_gpus(of, on, budgets) == (1, 0, 3)
+    assert main_gpus(of, on, {**budgets, 4: 7 * GB, 7: 5 * GB}) == (1,)
+    assert main_gpus(of, on, {**budgets, 4: 12 * GB, 6: 12 * GB, 7: 5 * GB}) == (1, 4)
+
+
+RESIDENT_ONLY = ("streaming", "group_offload", "model_offload", "sequential_offload", "vae_tiling")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    totals=st.lists(st.integers(2, 14), min_size=2, max_size=3),
+)
+def test_whatever_assignment_of_components_fits_a_plan_is_found(
+    sizes: list[int], totals: list[int]
+) -> None:
+    """Sizes in units that leave a third of one for everything besides weights."""
+    unit = 3 * GB
+    of = by_hand({f"component_{i}": size * unit for i, size in enumerate(sizes)})
+    on = machine(*(total * unit + GB for total in totals))
+    fits = any(
+        all(
+            sum(size for size, gpu in zip(sizes, places, strict=True) if gpu == index) <= total
+            for index, total in enumerate(totals)
+        )
+        for places in itertools.product(range(len(totals)), repeat=len(sizes))
+    )
+    try:
+        plan = planned(of, on, forbidden=RESIDENT_ONLY)
+    except pipefit.NoPlanFits:
+        assert not fits
+    else:
+        assert fits
+        assert keeps_its_budgets(plan)
+        assert {o.component for o in plan.options if o.strategy == "resident"} == {
+            component.name for component in of.components
+        }
 
 
 def test_leaving_out_what_only_renames_equal_gpus_loses_nothing() -> None:
@@ -192,7 +231,7 @@ PAIR = reference_machine(["rtx-4060", "rtx-3060-12gb"], ram_bytes=32 * GB)
 @pytest.mark.parametrize(
     ("name", "asked"),
     [
-        ("stable_diffusion_xl", ()),
+        ("stable_diffusion_xl", ("device_map:device=1@vae", "device_map:device=0@unet")),
         ("flux", ("device_map:device=1@text_encoder_2", "device_map:device=0@transformer")),
         ("flux", ("device_map:split=1:2+0:2@transformer",)),
     ],
