@@ -32,6 +32,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Split,
     Streaming,
 )
 from pipefit.cost_models.residency import load_order, offload_groups
@@ -96,7 +97,7 @@ class HostPeak:
 
 def host_bytes(component: Component, placement: Placement) -> HostBytes:
     """Return the RAM that the weights of *component* take while it is away from the GPU."""
-    if isinstance(placement, Resident):
+    if isinstance(placement, Resident | Split):
         return HostBytes()
     if isinstance(placement, Streaming):
         packed_bytes = streamed_bytes(component, placement).host
@@ -180,7 +181,7 @@ def host_peak(
         key=lambda component: list(called).index(component.name),
     ):
         placement = placements.get(component.name)
-        if placement is None or isinstance(placement, Resident):
+        if placement is None or isinstance(placement, Resident | Split):
             continue
         if isinstance(placement, Streaming):
             continue  # it stays as it was placed
@@ -223,7 +224,7 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
     """Return the most that *component* takes while it is placed, and what it takes then."""
     weight_bytes = component.weight_bytes
     before_bytes = 0 if is_mapped else weight_bytes
-    if isinstance(placement, Resident) or _is_on_disk(placement):
+    if isinstance(placement, Resident | Split) or _is_on_disk(placement):
         # Each file's pages go with its last tensor.
         pages_bytes = max(_files(component, weight_bytes), default=0)
         kept_bytes = 0

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from pipefit.cost_models.blocks import aligned
 from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, Step, steps_of
+from pipefit.cost_models.devices import block_calls, place_of, places_of, travelled_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -32,6 +33,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Split,
     Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
@@ -726,7 +728,7 @@ class LatencyModel:
         match placement:
             case OnHost():
                 return _results_in(returned_bytes(self.workload, routine), link_rates(self.gpu))
-            case Resident() | ModelOffload() | Streaming():
+            case Resident() | ModelOffload() | Streaming() | Split():
                 return _Transfer()
             case SequentialOffload():
                 groups = self._groups(component, placement)
@@ -783,6 +785,46 @@ class LatencyModel:
             high_s=high_s,
             h2d_bytes=num_cold * sum(stay)
             + len(phase.calls) * sum(cut.blocks[i].num_bytes for i in streamed),
+            d2h_bytes=0,
+        )
+
+    def split_seconds(
+        self,
+        component: Component,
+        calls: Sequence[tuple[int, int]],
+        split: Split,
+        others: Mapping[int, LatencyModel],
+        between_s: Callable[[int, int, int], float],
+        *,
+        attention: Attention = "native",
+    ) -> PlacementTime:
+        """Return the time of *component*'s *calls* (routine, how often), split over GPUs.
+
+        This model is of the GPU on which the pipeline computes, *others* are of the others.
+        *between_s* says how long so many bytes take from one GPU to another.
+        """
+        places = places_of(component, split)
+        away = frozenset(path for path, index in places.items() if index in others)
+
+        def total_s(compute_factor: float, transfer_factor: float) -> float:
+            seconds = 0.0
+            for routine, count in calls:
+                compute_s = self.call_seconds(routine, attention)
+                for path, block in block_calls(self.workload, routine, away):
+                    elsewhere_s = others[place_of(places, path)].call_seconds(block, attention)
+                    compute_s += elsewhere_s - self.call_seconds(block, attention)
+                moved = travelled_bytes(self.workload, component, split, routine)
+                copy_s = sum(between_s(*way, num_bytes) for way, num_bytes in moved.items())
+                seconds += count * (compute_s * compute_factor + copy_s * transfer_factor)
+            return seconds
+
+        call_s = total_s(1, 1)
+        return PlacementTime(
+            call_s=call_s,
+            first_call_s=call_s,
+            low_s=total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD),
+            high_s=total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD),
+            h2d_bytes=0,
             d2h_bytes=0,
         )
 

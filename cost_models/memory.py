@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pipefit.cost_models.allocator import allocated_bytes, block_bytes
 from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.devices import part_peak_bytes, split_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -24,6 +25,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Split,
     Streaming,
 )
 from pipefit.cost_models.prediction import Choice
@@ -110,8 +112,9 @@ class MemoryModel:
             for component in workload.components
         }
         self._residency = model_offload_residency(workload)
-        cublas = cublas_bytes(gpu, workload.versions.get("torch", ""))
-        self._calls = _distinct_calls(workload, self.timeline, cublas)
+        self.cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
+        """cuBLAS's workspace, which stays once it is there."""
+        self._calls = _distinct_calls(workload, self.timeline, self.cublas_bytes)
         self.carried_bytes = tuple(max(call.live_bytes for call in calls) for calls in self._calls)
         """What the pipeline itself holds in each phase at the most, cuBLAS's workspace included."""
         self._added_bytes = [
@@ -125,6 +128,7 @@ class MemoryModel:
         self._streamed_bytes: dict[tuple[str, Placement], StreamedBytes] = {}
         self._order = calls_in_order(workload)
         self._streamed_outcomes: dict[object, Outcome] = {}
+        self._part_peaks: dict[object, int] = {}
 
     def loading_bytes(self) -> int:
         """Return the weights on the GPU once all components are loaded and none is placed yet.
@@ -143,6 +147,18 @@ class MemoryModel:
         """Return the peak of one call of *routine* above what is alive when it begins."""
         outside = (0,) * self.workload.routines[routine].num_outside
         return self.timeline.outcome(routine, outside).peak
+
+    def activation_bytes(self, component: Component, choice: Choice) -> int:
+        """Return the most that any call of *component* takes besides weights; 0 without calls."""
+        return max(
+            (
+                self.timeline.outcome(*self._routine(choice, call)).peak.peak_bytes
+                for phase, calls in zip(self.workload.phases, self._calls, strict=True)
+                if phase.component == component.name
+                for call in calls
+            ),
+            default=0,
+        )
 
     def streamed_peak(
         self, component: str, routine: int, groups: Groups, *, look_ahead: bool
@@ -168,6 +184,59 @@ class MemoryModel:
             else self._idle_bytes(component, choice, i)
             for i, phase in enumerate(self.workload.phases)
         )
+
+    def phase_bytes_on(
+        self, component: Component, choice: Choice, device: int, main: int
+    ) -> tuple[int, ...]:
+        """Return what *component* adds to each phase on *device*, a GPU like the model's own.
+
+        The pipeline computes on *main*.
+
+        The peak allocated there is this of all components, plus ``carried_bytes`` on *main* and
+        ``cublas_bytes`` on others.
+        """
+        placement = choice.placement
+        home = main if choice.device is None else choice.device
+        own = [phase.component == component.name for phase in self.workload.phases]
+        if isinstance(placement, Split):
+            weight_bytes = allocated_bytes(split_bytes(component, placement, device))
+            return tuple(
+                weight_bytes + (self._part_bytes(component, choice, i, device) if is_own else 0)
+                for i, is_own in enumerate(own)
+            )
+        if home == main == device:
+            return self.phase_bytes(component, choice)
+        if device == home:
+            return tuple(
+                max(
+                    self._call_bytes(component, choice, call)
+                    + self.workload.input_bytes.get(call.routine, 0)
+                    for call in self._calls[i]
+                )
+                if is_own
+                else self._idle_bytes(component, choice, i)
+                for i, is_own in enumerate(own)
+            )
+        if device != main:
+            return (0,) * len(own)
+        # Its results come, and what the pipeline makes of them.
+        return tuple(
+            max(0, *(call.gap_peak_bytes - self.carried_bytes[i] for call in self._calls[i]))
+            if is_own
+            else 0
+            for i, is_own in enumerate(own)
+        )
+
+    def _part_bytes(self, component: Component, choice: Choice, phase: int, device: int) -> int:
+        assert isinstance(choice.placement, Split)
+        key = component.name, choice, phase, device
+        if key not in self._part_peaks:
+            routines = {self._routine(choice, call)[0] for call in self._calls[phase]}
+            self._part_peaks[key] = max(
+                part_peak_bytes(self.timeline, component, choice.placement, device, routine)
+                for routine in routines
+            )
+        return self._part_peaks[key]
 
     def _active_bytes(self, component: Component, choice: Choice, phase: int) -> int:
         """Return the worst of the phase's calls and of the gaps after them, above the carried."""
@@ -312,6 +381,7 @@ def simulate(
     gpu: Gpu,
     *,
     budget_bytes: int | None = None,
+    main: int | None = None,
 ) -> tuple[PhaseMemory, ...]:
     """Replay the whole call and return the peak of each phase.
 
@@ -322,12 +392,15 @@ def simulate(
     is: what the process is held to (``torch.cuda.set_per_process_memory_fraction``), slack and
     context included; by default what other processes leave of the GPU. A phase whose
     ``promised_bytes`` are above it does not fit.
+
+    *main* is the index of the GPU on which the pipeline computes, where *choices* spread over
+    several; the peaks are then those of *gpu* alone.
     """
     context = context_bytes(gpu)
     if budget_bytes is None:
         budget_bytes = gpu.total_bytes - gpu.other_bytes
     capacity_bytes = flushing_bytes(gpu, budget_bytes) - context
-    run = Replay(workload, choices, gpu, capacity_bytes=capacity_bytes)
+    run = Replay(workload, choices, gpu, capacity_bytes=capacity_bytes, main=main)
     run.run()
     return tuple(
         PhaseMemory(

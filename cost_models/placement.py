@@ -81,4 +81,15 @@ class Streaming:
     """``workload.call_order``: where modules call others in another order than they list them."""
 
 
-Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | OnHost | Streaming
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A component's blocks lie on several GPUs: accelerate's ``dispatch_model``."""
+
+    blocks: tuple[tuple[int, int], ...] = ()
+    """(index of a GPU, how many of the blocks lie there), in the order in which the blocks are
+    called; what is no block lies on the first. See ``cost_models/devices.py``."""
+    places: tuple[tuple[str, int], ...] = ()
+    """Instead of ``blocks``: (path of a module or tensor, index of the GPU of all below it)."""
+
+
+Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | OnHost | Streaming | Split

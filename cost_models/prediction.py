@@ -14,6 +14,8 @@ class Choice:
     placement: Placement
     variant: str = ""
     """A key of ``Workload.variants``; empty: as traced."""
+    device: int | None = None
+    """Index of the GPU on which it computes; None: the one on which the pipeline does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,13 @@ group offload never does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import Block, CachingAllocator
 from pipefit.cost_models.clock import GROUP_HOOK_S, TO_GPU, Clock
+from pipefit.cost_models.devices import place_of, places_of, split_bytes
 from pipefit.cost_models.latency import (
     LAUNCHER_SHARE,
     kernel_seconds,
@@ -31,6 +32,7 @@ from pipefit.cost_models.placement import (
     Placement,
     Resident,
     SequentialOffload,
+    Split,
     Streaming,
 )
 from pipefit.cost_models.prediction import Choice
@@ -98,9 +100,25 @@ class Replay:
         gpu: Gpu,
         *,
         capacity_bytes: int | None = None,
+        main: int | None = None,
     ) -> None:
+        """Replay on *gpu* alone, or, with *main*, what falls to *gpu* of several.
+
+        *main* is the index of the GPU on which the pipeline computes; components are where their
+        choice says, and what is elsewhere takes nothing here but what it returns to the main GPU.
+        """
         self.workload = workload
         self.choices = choices
+        self._device = gpu.index
+        self._main = gpu.index if main is None else main
+        self._places = {
+            c.name: places_of(c, placement)
+            for c in workload.components
+            if isinstance(placement := choices[c.name].placement, Split)
+        }
+        """Of split components: where their parts lie."""
+        self._before_block: tuple[bool, int] = (True, 0)
+        """Whether the last part of a split component was here, and what it returned."""
         self.allocator = CachingAllocator(capacity_bytes, expandable=gpu.expandable_segments)
         self.peaks = [Moment(0, 0, 0, 0)] * len(workload.phases)
         self.peak_reserved_bytes = [0] * len(workload.phases)
@@ -127,6 +145,7 @@ class Replay:
             c.name: streamed_bytes(c, placement)
             for c in workload.components
             if isinstance(placement := choices[c.name].placement, Streaming)
+            and self._is_here(c.name)
         }
         self._leaving: set[str] = set()
         """Streamed components that leave when idle and are loaded."""
@@ -149,11 +168,13 @@ class Replay:
         for event in self.workload.root:
             kind = event[0]
             if kind == "a":
-                self._carry(blocks, event[1], self.allocator.allocate(event[2]))
+                num_bytes = event[2] if self._is_main else 0
+                self._carry(blocks, event[1], self.allocator.allocate(num_bytes))
             elif kind == "f":
                 self._free_if_known(blocks.pop(event[1], None))
             elif kind == "k":
-                self._launch(event[1])
+                if self._is_main:
+                    self._launch(event[1])
             elif kind == "w":
                 self._change_weights(event[1], event[2])
             else:
@@ -177,6 +198,9 @@ class Replay:
             self._load(component, self._tensor_bytes[component])
         self._arrive_for(component)
         outside = [blocks.pop(n) for n in freed]
+        if not self._is_here(component) or (not self._is_main and component not in self._places):
+            self._travel(index, component, below, returned, outside, blocks)
+            return
         # A variant was traced apart: what the pipeline gave up during the plain call outlives it.
         num_given = self.workload.routines[index].num_outside
         held = outside[:num_given] if self._hooks_hold(component) else []
@@ -194,6 +218,84 @@ class Replay:
             self._carry(blocks, number, block)
         for block in results[len(returned) :]:
             self._free(block)
+
+    # Several GPUs.
+
+    @property
+    def _is_main(self) -> bool:
+        return self._device == self._main
+
+    def _is_here(self, component: str, path: str = "") -> bool:
+        """Whether what *component* does at *path* is done on this GPU; "": anything of it."""
+        places = self._places.get(component)
+        if places is None:
+            home = self.choices[component].device
+            return self._device == (self._main if home is None else home)
+        return self._device in places.values() if not path else self._place(component, path)
+
+    def _is_divided(self, component: str, path: str) -> bool:
+        """Whether blocks that are split over GPUs lie below *path*."""
+        begin = f"{path}." if path else ""
+        places = self._places[component]
+        return path not in places and any(place.startswith(begin) for place in places)
+
+    def _place(self, component: str, path: str) -> bool:
+        return place_of(self._places[component], path) == self._device
+
+    def _travel(
+        self,
+        index: int,
+        component: str,
+        below: str,
+        returned: Sequence[int],
+        outside: list[Block],
+        blocks: dict[int, Block],
+    ) -> None:
+        """Replay a call for which tensors travel: it is elsewhere, or here and not on the main GPU.
+
+        What the callee is given is copied to it, and its results to the main GPU.
+        """
+        allocator = self.allocator
+        results: list[Block] = []
+        if self._is_here(component):
+            given = allocator.allocate(self.workload.input_bytes.get(index, 0))
+            self._note_peak()
+            nothing = [allocator.allocate(0)] * self.workload.routines[index].num_outside
+            for block in self._call(index, component, below, nothing, is_entered=True):
+                self._free(block)
+            self._free(given)
+        elif self._is_main:
+            results = [allocator.allocate(n) for n in returned_bytes(self.workload, index)]
+        for block in outside:
+            self._free(block)
+        for number, block in zip(returned, results, strict=False):
+            self._carry(blocks, number, block)
+        for number in returned[len(results) :]:
+            self._carry(blocks, number, allocator.allocate(0))
+
+    def _call_part(
+        self, index: int, component: str, path: str, outside: list[Block], *, from_here: bool
+    ) -> list[Block]:
+        """Replay a call below a split component: a block here or elsewhere, or what is between."""
+        allocator = self.allocator
+        if self._is_divided(component, path):
+            return self._replay(index, component, path, outside, None)
+        is_here = self._place(component, path)
+        was_here, moved_bytes = self._before_block
+        sizes = returned_bytes(self.workload, index)
+        self._before_block = is_here, sum(sizes)
+        if not is_here:
+            for block in outside:
+                self._free(block)
+            return [allocator.allocate(0) for _ in sizes]
+        # What the part before returned is where that was, everything else where the caller is.
+        others_bytes = max(0, self.workload.input_bytes.get(index, 0) - moved_bytes)
+        copied_bytes = (0 if was_here else moved_bytes) + (0 if from_here else others_bytes)
+        copied = allocator.allocate(copied_bytes)
+        self._note_peak()
+        results = self._call(index, component, path, outside, is_entered=True)
+        self._free(copied)
+        return results
 
     def _hooks_hold(self, component: str) -> bool:
         """Whether what *component* takes out of lists that it is given lives on until it returns.
@@ -214,7 +316,11 @@ class Replay:
         for component in self.workload.components:
             name = component.name
             placement = self.choices[name].placement
-            if isinstance(placement, Resident) or name in self._chain.excluded:
+            if isinstance(placement, Split):
+                self._load(name, split_bytes(component, placement, self._device))
+            elif not self._is_here(name):
+                continue
+            elif isinstance(placement, Resident) or name in self._chain.excluded:
                 self._load(name, self._tensor_bytes[name])
             elif isinstance(placement, Streaming):
                 self._load(name, self._streamed[name].idle)
@@ -348,6 +454,8 @@ class Replay:
     def _call(
         self, index: int, component: str, path: str, outside: list[Block], *, is_entered: bool
     ) -> list[Block]:
+        if component in self._places and self._is_divided(component, path):
+            return self._replay(index, component, path, outside, None)
         hooks = self._hooks.get(component)
         if hooks is not None and not hooks.concerns(path):
             hooks = None
@@ -448,23 +556,29 @@ class Replay:
             self._onload_groups(hooks, component, path, routine.entry)
         allocator = self.allocator
         blocks: dict[int, Block] = {}
+        is_split = component in self._places
+        is_here = not is_split or self._place(component, path)
         for event in routine.events:
             kind = event[0]
             if kind == "a":
-                blocks[event[1]] = allocator.allocate(event[2])
+                blocks[event[1]] = allocator.allocate(event[2] if is_here else 0)
                 if allocator.allocated_bytes > self._peak[0]:
                     self._peak = self._now()
             elif kind == "f":
                 allocator.free(blocks.pop(event[1]))
             elif kind == "k":
-                self._launch(event[1])
+                if is_here:
+                    self._launch(event[1])
             elif kind == "c":
                 _, callee, relative, returned, freed = event
                 where, below = split_path(relative, component, path)
                 if where != component and not below and self._evict_for(where):
                     self._load(where, self._tensor_bytes[where])
                 given = [blocks.pop(n) if n >= 0 else outside[-1 - n] for n in freed]
-                results = self._call(callee, where, below, given, is_entered=relative != "")
+                if is_split and below != path and self._is_divided(component, path):
+                    results = self._call_part(callee, where, below, given, from_here=is_here)
+                else:
+                    results = self._call(callee, where, below, given, is_entered=relative != "")
                 blocks.update(zip(returned, results, strict=True))
             elif kind == "x":
                 self._free(outside[event[1]])

@@ -12,13 +12,20 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
+OMITTED = "omitted"
+"""Metadata of a field that is left out where it is None, and may be missing."""
+
 
 def to_json(value: Any) -> Any:
     """Return *value* as dicts, lists, numbers and strings."""
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: to_json(found)
+            for f in dataclasses.fields(value)
+            if (found := getattr(value, f.name)) is not None or not f.metadata.get(OMITTED)
+        }
     if isinstance(value, Mapping):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -66,7 +73,11 @@ def _decode(hint: Any, data: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         hints = _hints(cast(type, hint))
         return cast(type, hint)(
-            **{f.name: _decode(hints[f.name], data[f.name]) for f in dataclasses.fields(hint)}
+            **{
+                f.name: _decode(hints[f.name], data[f.name])
+                for f in dataclasses.fields(hint)
+                if f.name in data or not f.metadata.get(OMITTED)
+            }
         )
     if hint is int:
         return int(data)

@@ -183,6 +183,8 @@ class Workload:
     """Ordered by first call."""
     variants: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     """Key of :func:`variant_key` -> {routine index in ``root``: routine that replaces it}."""
+    input_bytes: Mapping[int, int] = field(default_factory=dict)
+    """Routine -> bytes of the tensors that a call of it is given: what travels to another GPU."""
     offload_sequence: tuple[str, ...] = ()
     """``model_cpu_offload_seq`` split at the arrows."""
     offload_excluded: tuple[str, ...] = ()

@@ -91,6 +91,7 @@ def _workload(data: Mapping[str, Any]) -> Workload:
                 key: {int(plain): replacement for plain, replacement in replaced.items()}
                 for key, replaced in values["variants"].items()
             },
+            "input_bytes": {int(key): size for key, size in values["input_bytes"].items()},
             "offload_sequence": tuple(values["offload_sequence"]),
             "offload_excluded": tuple(values["offload_excluded"]),
             "assumptions": tuple(values["assumptions"]),

@@ -18,6 +18,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
+from pipefit.planner.devices import DevicePricing, price_devices, stock
 from pipefit.planner.options import (
     Pricing,
     Shared,
@@ -39,6 +40,7 @@ from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
 from pipefit.planner.workloads import Observed, Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
+from pipefit.strategies.device_map import devices_of
 from pipefit.strategies.strategy import Option, Quality
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def auto_optimize(
     Args:
         pipe: a loaded diffusers pipeline, its weights on the CPU or on a GPU.
         vram_budget: bound on the process's memory on the GPU: ``"8GB"``, ``"7.5GiB"``, ``"80%"``,
-            bytes, or a dict by device index. None: what is free now.
+            bytes; or a dict by device index, for a plan over all the GPUs that it names. None: what
+            is free now.
         call: the arguments that ``pipe(...)`` will be called with; missing ones take its defaults.
         quality: the lowest level that the plan may go to: exact, high, balanced or low.
         device: the GPU, as torch names it; None: the first. ``"cpu"`` lets the CPU stand for it.
@@ -90,6 +93,8 @@ def auto_optimize(
         ApplyFailed: applying failed and was undone; or a rehearsal that was asked for fails.
     """
     machine, index = _machine_of(device)
+    if index is None and machine.gpus:
+        index = machine.gpus[0].index
     made = plan(
         pipe,
         _on_device(vram_budget, machine, index),
@@ -123,6 +128,7 @@ def plan(
 ) -> Plan:
     """Return the best plan for a pipeline, catalogue name or folder; nothing is moved.
 
+    A budget for several GPUs, or one size for a machine that has several, makes a plan over them.
     *machine* is this one unless given (:func:`pipefit.planner.catalog.reference_machine` makes
     others). *dtype* is the load dtype of a name or folder, of all components or by component.
 
@@ -131,15 +137,31 @@ def plan(
     """
     machine = probe() if machine is None else machine
     policy = _policy(vram_budget, machine, quality, ram, with_, without, compile)
-    device = min(policy.budget_bytes)
-    gpu = next(g for g in machine.gpus if g.index == device)
-
+    _check_devices(policy.required, policy.budget_bytes)
+    device = min(policy.budget_bytes) if len(policy.budget_bytes) == 1 else None
+    gpus = {g.index: g for g in machine.gpus if g.index in policy.budget_bytes}
     shared: Shared = {}
 
-    def pricings(at: Policy) -> list[Pricing]:
-        seen = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
-        check_required(seen[0].workload, at, gpu)
-        return [_pricing(s, gpu, at, machine, shared) for s in seen]
+    def seen_on(gpu: Gpu, at: Policy) -> list[Observed]:
+        found = observe(pipe_or_name, call, gpu=gpu, policy=at, dtype=dtype, progress=progress)
+        check_required(found[0].workload, at, gpu)
+        return found
+
+    def pricings(at: Policy) -> list[Pricing | DevicePricing]:
+        if device is not None:
+            seen = seen_on(gpus[device], at)
+            switches = [process_options(s.workload, gpus[device], at) for s in seen]
+            return [
+                _priced(s, gpus[device], machine, on, shared)
+                for s, on in zip(seen, switches, strict=True)
+            ]
+        return price_devices(
+            lambda gpu: seen_on(gpu, at),
+            lambda s, gpu, on: _priced(s, gpu, machine, on),
+            machine,
+            at.budget_bytes,
+            at,
+        )
 
     return decide(
         pricings(policy),
@@ -156,7 +178,8 @@ def plan(
         else Rehearser(
             source=source_of(pipe_or_name, dtype),
             call=call or {},
-            gpu=gpu,
+            gpus=machine.gpus if device is None else [gpus[device]],
+            links=machine.links,
             is_asked_for=bool(rehearse),
             progress=progress,
         ),
@@ -192,9 +215,18 @@ def predict(
             s.name for s in BUILT_IN if s.name not in {o.strategy for o in _options(strategies)}
         ),
     )
+    totals = {one.index: one.total_bytes for one in machine.gpus}
+    _check_devices(policy.required, totals)
     seen = observe(pipe_or_name, call, gpu=gpu, policy=policy, dtype=dtype, progress=progress)[-1]
+    required, main = stock(policy.required, seen.workload, machine)
+    policy = replace(policy, required=required)
     check_required(seen.workload, policy, gpu)
-    pricing = _pricing(seen, gpu, policy, machine)
+    switches = process_options(seen.workload, gpu, policy)
+    pricing: Pricing | DevicePricing = _priced(seen, gpu, machine, switches)
+    if any(option.strategy == "device_map" for option in policy.required):
+        pricing = DevicePricing(
+            seen.workload, machine, totals, main, lambda on: _priced(seen, on, machine, switches)
+        )
     picks = pricing.exactly(policy.required)
     prediction = pricing.prediction(picks, pricing.replay(picks))
     return PredictedCall(
@@ -202,20 +234,24 @@ def predict(
         pipeline=seen.workload.pipeline,
         call=seen.workload.call,
         machine=machine,
-        options=plan_options(pricing, picks),
+        options=plan_options(pricing.fixed_options, picks),
     )
 
 
-def _pricing(
-    seen: Observed, gpu: Gpu, policy: Policy, machine: Machine, shared: Shared | None = None
+def _priced(
+    seen: Observed,
+    gpu: Gpu,
+    machine: Machine,
+    switches: Sequence[Option],
+    shared: Shared | None = None,
 ) -> Pricing:
     return Pricing(
         seen.workload,
         gpu,
         load_options=seen.load_options,
+        process_options=switches,
         held_bytes=seen.held_bytes,
         shared=shared,
-        process_options=process_options(seen.workload, gpu, policy),
         num_cores=machine.host.num_cores,
     )
 
@@ -232,17 +268,16 @@ def apply(pipe: Any, plan: Plan) -> Applied:
 
     check_pipeline(pipe)
     _check_fingerprint(pipe, plan)
-    gpu = plan.gpu
-    device = _torch_device(gpu)
-    applied = apply_options(pipe, plan.options, device, plan=plan)
+    applied = apply_options(pipe, plan.options, _torch_device(plan.gpu), plan=plan)
     try:
-        applied.also_undo(
-            hold_to_budget(
-                device,
-                budget_bytes=plan.policy.budget_bytes[gpu.index],
-                context_bytes=plan.prediction.peak_vram[0].context_bytes,
+        for gpu, peak in zip(plan.gpus, plan.prediction.peak_vram, strict=True):
+            applied.also_undo(
+                hold_to_budget(
+                    _torch_device(gpu),
+                    budget_bytes=plan.policy.budget_bytes[gpu.index],
+                    context_bytes=peak.context_bytes,
+                )
             )
-        )
     except BaseException:
         applied.undo()
         raise
@@ -278,10 +313,11 @@ def verify(
     from pipefit.planner.timeline import Timeline
 
     source = source_of(plan.pipeline if pipe_or_name is None else pipe_or_name, dtype)
-    gpu = plan.gpu
-    budget_bytes = plan.policy.budget_bytes[gpu.index]
+    budgets = {gpu.index: plan.policy.budget_bytes[gpu.index] for gpu in plan.gpus}
+    # With several, a GPU's place on the virtual machine is its index.
+    gpus = plan.machine.gpus if len(budgets) > 1 else plan.gpus
 
-    def rehearsed(gpu: Gpu, budget_bytes: int) -> Rehearsal:
+    def rehearsed(gpus: Sequence[Gpu], budgets: Mapping[int, int]) -> Rehearsal:
         with quietly():
             pipe, entry = source.get()
             _check_fingerprint(pipe, plan)
@@ -291,8 +327,10 @@ def verify(
                 pipe,
                 plan.options,
                 arguments,
-                gpu,
-                budget_bytes=budget_bytes,
+                gpus,
+                budget_bytes=budgets,
+                main=plan.gpu.index if len(gpus) > 1 else None,
+                links=plan.machine.links,
                 timeline=kept,
                 in_place=source.is_ours,
                 num_cores=plan.machine.host.num_cores,
@@ -302,14 +340,17 @@ def verify(
         return found
 
     try:
-        return Verification(plan, rehearsed(gpu, budget_bytes))
+        return Verification(plan, rehearsed(gpus, budgets))
     except (torch.OutOfMemoryError, ApplyFailed) as error:
         cause = error.__cause__ if isinstance(error, ApplyFailed) else error
         if not isinstance(cause, torch.OutOfMemoryError):
             raise
         full = str(cause)
     # Once more where there is room: how much would it have been?
-    unbounded = rehearsed(replace(gpu, total_bytes=_ROOM_BYTES, other_bytes=0), _ROOM_BYTES)
+    unbounded = rehearsed(
+        [replace(gpu, total_bytes=_ROOM_BYTES, other_bytes=0) for gpu in gpus],
+        dict.fromkeys(budgets, _ROOM_BYTES),
+    )
     return Verification(plan, unbounded, out_of_memory=full)
 
 
@@ -353,7 +394,8 @@ def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
 
 def _on_device(budget: BudgetRequest, machine: Machine, index: int | None) -> BudgetRequest:
     """Return *budget* for one GPU only, unless it names GPUs itself."""
-    if index is None or isinstance(budget, Mapping) or not machine.gpus:
+    names_gpus = isinstance(budget, Mapping) or (isinstance(budget, str) and "=" in budget)
+    if index is None or names_gpus or not machine.gpus:
         return budget
     if budget is None:
         budget = next(gpu.free_bytes for gpu in machine.gpus if gpu.index == index)
@@ -418,14 +460,24 @@ def _policy(
         required=required,
         forbidden=forbidden,
         compile_allowed=compile_allowed,
-        notes=(*budget_notes(budget, machine), *_single_gpu_notes(budgets)),
+        notes=budget_notes(budget, machine),
     )
 
 
-def _single_gpu_notes(budgets: Mapping[int, int]) -> tuple[str, ...]:
-    if len(budgets) == 1:
-        return ()
-    return (f"Only GPU {min(budgets)} is used: plans over several GPUs are not made yet.",)
+def _check_devices(required: Sequence[Option], budgets: Mapping[int, int]) -> None:
+    """Refuse a device map onto GPUs that there is no budget for.
+
+    Raises:
+        InvalidRequest: naming those that there are.
+    """
+    for option in required:
+        named = devices_of(option.parameters) if option.strategy == "device_map" else ()
+        for index in named:
+            if index not in budgets:
+                there = ", ".join(map(str, sorted(budgets)))
+                raise InvalidRequest(
+                    f"device_map names GPU {index}, which the budget does not: it is for {there}."
+                )
 
 
 def _lower_levels(quality: Quality) -> list[Quality]:

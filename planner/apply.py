@@ -20,6 +20,7 @@ from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, Unsupported
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
 from pipefit.strategies.describe import describe_component
+from pipefit.strategies.device_map import home_of
 from pipefit.strategies.live import device_restorer, hooks_of, module_components
 from pipefit.strategies.strategy import Option, Strategy, Undo
 
@@ -121,10 +122,11 @@ def apply_options(
     if plan is not None:
         _clear_unused(pipe, options, undo)
     for option in sorted(options, key=_order):
+        chosen = strategy(option.strategy)
+        # A device map leads from the main GPU to the one on which the others put the component.
+        place = device if chosen.kind == "device" else home_of(options, option.component, device)
         try:
-            undo.callback(
-                strategy(option.strategy).apply(pipe, option.component, option.parameters, device)
-            )
+            undo.callback(chosen.apply(pipe, option.component, option.parameters, place))
         except BaseException as error:
             undo.close()
             _release_memory(device)
@@ -204,7 +206,7 @@ def _check_options(pipe: Any, options: Sequence[Option]) -> None:
             reason = chosen.refusal(described[name], option.parameters)
             if reason:
                 raise InvalidRequest(f"{option.strategy} cannot be used on {name}: {reason}")
-            if chosen.kind in ("placement", "pipeline_placement"):
+            if chosen.placement(option.parameters) is not None:
                 other = placed.setdefault(name, option)
                 if other is not option:
                     raise InvalidRequest(

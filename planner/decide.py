@@ -19,10 +19,12 @@ from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
 from pipefit.errors import NoPlanFits
+from pipefit.planner.devices import DevicePricing
 from pipefit.planner.options import Pick, Pricing, plan_options, quality_of, saved_share
 from pipefit.planner.plan import Alternative, Plan, Rehearsed
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import (
+    Budget,
     Candidate,
     Limits,
     Problem,
@@ -45,7 +47,7 @@ MAX_REHEARSALS = 4
 class Configuration:
     """A selection with its replay, and with its rehearsal once there is one."""
 
-    pricing: Pricing
+    pricing: Pricing | DevicePricing
     problem: Problem
     selection: Selection
     picks: Mapping[str, Pick | None]
@@ -59,10 +61,14 @@ class Configuration:
         replayed = tuple(peak.promised_bytes for peak in self.peaks)
         if isinstance(self.rehearsed, str):
             return replayed
-        held = {(p.component, p.entry): p.process_bytes for p in self.rehearsed.phases}
+        main = self.pricing.columns[0][0]
+        held = {
+            (main if p.device is None else p.device, p.component, p.entry): p.process_bytes
+            for p in self.rehearsed.phases
+        }
         return tuple(
-            max(bytes_, held.get((phase.component, phase.entry), 0) + self.slack_bytes)
-            for phase, bytes_ in zip(self.pricing.workload.phases, replayed, strict=True)
+            max(bytes_, held.get((device, phase.component, phase.entry), 0) + self.slack_on(device))
+            for (device, phase), bytes_ in zip(self.pricing.columns, replayed, strict=True)
         )
 
     @property
@@ -70,23 +76,52 @@ class Configuration:
         """The largest phase with its slack, as a budget counts it, or what loading needs."""
         return max(*self.phase_bytes, _loading_bytes(self.pricing))
 
+    def over_bytes(self, budget: Budget) -> int:
+        """Return by how much it exceeds *budget* where it does so most; negative is room left."""
+        if not isinstance(budget, Mapping):
+            return self.promised_bytes - (budget or 0)
+        over = [
+            held - most
+            for held, most in zip(self.phase_bytes, self.problem.budgets(budget), strict=True)
+        ]
+        loading_bytes = self.pricing.memory.loading_bytes()
+        if loading_bytes:
+            main = self.pricing.columns[0][0]
+            over.append(loading_bytes + self.peaks[0].context_bytes - budget[main])
+        return int(max(over))
+
     @property
     def slack_bytes(self) -> int:
-        """The slack that a plan of it states, for the whole call."""
-        process_bytes = max(peak.process_bytes for peak in self.peaks)
-        return max(peak.promised_bytes for peak in self.peaks) - process_bytes
+        """The slack that a plan of it states on the first GPU, for the whole call."""
+        return self.slack_on(self.pricing.columns[0][0])
+
+    def slack_on(self, device: int) -> int:
+        """Return the slack that a plan of it states on *device*, for the whole call."""
+        peaks = [
+            peak
+            for (index, _), peak in zip(self.pricing.columns, self.peaks, strict=True)
+            if index == device
+        ]
+        process_bytes = max(peak.process_bytes for peak in peaks)
+        return max(peak.promised_bytes for peak in peaks) - process_bytes
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The GPUs that hold something, the one on which the pipeline computes first."""
+        return self.pricing.used(self.picks)
 
     @property
     def options(self) -> tuple[Option, ...]:
         """What would be applied."""
-        return plan_options(self.pricing, self.picks)
+        return plan_options(self.pricing.fixed_options, self.picks)
 
 
-Rehearse: TypeAlias = Callable[[Configuration, int], Rehearsed | str]
-"""Rehearses a configuration in a process held to so many bytes; a text says why it does not."""
+Rehearse: TypeAlias = Callable[[Configuration, int | Mapping[int, int]], Rehearsed | str]
+"""Rehearses a configuration in a process held to so many bytes, on every GPU or by its index; a
+text says why it does not."""
 
 
-Level: TypeAlias = Callable[[], Sequence[Pricing]]
+Level: TypeAlias = Callable[[], Sequence[Pricing | DevicePricing]]
 """Prices all that a quality allows, when it is wanted."""
 
 
@@ -94,12 +129,15 @@ class Candidates:
     """All problems of one request, searched together."""
 
     def __init__(
-        self, pricings: Sequence[Pricing], policy: Policy, rehearse: Rehearse | None = None
+        self,
+        pricings: Sequence[Pricing | DevicePricing],
+        policy: Policy,
+        rehearse: Rehearse | None = None,
     ) -> None:
         self._rehearse = rehearse
         self.refuted: list[Configuration] = []
         """What kept the budget by its replay and broke it in its rehearsal."""
-        self._of: dict[str, tuple[Pricing, Problem]] = {}
+        self._of: dict[str, tuple[Pricing | DevicePricing, Problem]] = {}
         for pricing in pricings:
             for problem in pricing.problems(policy):
                 named = replace(problem, name=f"{problem.name}{_after(pricing.load_options)}")
@@ -107,10 +145,12 @@ class Candidates:
         self.problems = [problem for _, problem in self._of.values()]
         self._replayed: dict[tuple[object, ...], Configuration] = {}
 
-    def configure(self, selection: Selection, budget_bytes: int) -> Configuration:
+    def configure(
+        self, selection: Selection, budget_bytes: int | Mapping[int, int]
+    ) -> Configuration:
         """Replay *selection* in a process held to *budget_bytes*; remembered."""
         choices = (f"{name}={c.key}" for name, c in sorted(selection.choices.items()))
-        key = (budget_bytes, selection.problem, *choices)
+        key = (repr(budget_bytes), selection.problem, *choices)
         if key not in self._replayed:
             pricing, problem = self._of[selection.problem]
             picks = pricing.picks(selection)
@@ -133,39 +173,52 @@ class Candidates:
         budget_bytes = limits.budget_bytes
         assert budget_bytes is not None
         problems = {problem.name: problem for problem in self.loadable(budget_bytes)}
-        for _ in range(MAX_REPLAYS):
+        more = len(budget_bytes) if isinstance(budget_bytes, Mapping) else 0  # each may be exceeded
+        for _ in range(MAX_REPLAYS + more):
             selection = search(list(problems.values()), limits)
             if selection is None:
                 break
             found = self.configure(selection, budget_bytes)
             problem = problems[selection.problem]
-            if found.promised_bytes > budget_bytes:
+            if found.over_bytes(budget_bytes) > 0:
                 problems[problem.name] = _charged(problem, found, budget_bytes)
                 continue
             found = self.rehearsed(found, budget_bytes)
-            if found.promised_bytes <= budget_bytes:
+            if found.over_bytes(budget_bytes) <= 0:
                 return found
             problems[problem.name] = _charged_alike(problem, found)
             self.refuted.append(found)
             if len(self.refuted) == MAX_REHEARSALS:
                 break
         smallest = self.smallest(limits, is_checked=False)
-        if smallest is not None and smallest.promised_bytes <= budget_bytes:
+        if smallest is not None and smallest.over_bytes(budget_bytes) <= 0:
             smallest = self.rehearsed(smallest, budget_bytes)
-            if smallest.promised_bytes <= budget_bytes:
+            if smallest.over_bytes(budget_bytes) <= 0:
                 return smallest
             self.refuted.append(smallest)
         return None
 
-    def loadable(self, budget_bytes: int) -> list[Problem]:
+    def loadable(self, budget_bytes: int | Mapping[int, int]) -> list[Problem]:
         """Return the problems whose weights can be loaded within *budget_bytes*.
 
         What is quantised on the GPU is there together before anything is placed, so no selection
         can do about it.
         """
-        return [p for p in self.problems if _loading_bytes(self._of[p.name][0]) <= budget_bytes]
 
-    def rehearsed(self, found: Configuration, budget_bytes: int) -> Configuration:
+        def room_bytes(pricing: Pricing | DevicePricing) -> int:
+            is_one = not isinstance(budget_bytes, Mapping)
+            return budget_bytes if is_one else budget_bytes[pricing.gpu.index]
+
+        priced = {name: pricing for name, (pricing, _) in self._of.items()}
+        return [
+            problem
+            for problem in self.problems
+            if _loading_bytes(priced[problem.name]) <= room_bytes(priced[problem.name])
+        ]
+
+    def rehearsed(
+        self, found: Configuration, budget_bytes: int | Mapping[int, int]
+    ) -> Configuration:
         """Return *found* with its rehearsal in a process held to *budget_bytes*, if any is made."""
         if self._rehearse is None:
             return found
@@ -211,7 +264,7 @@ class Candidates:
         return found, held_bytes
 
 
-def _loading_bytes(pricing: Pricing) -> int:
+def _loading_bytes(pricing: Pricing | DevicePricing) -> int:
     """Return what loading takes of a budget: the weights that are quantised on the GPU."""
     loading_bytes = pricing.memory.loading_bytes()
     return loading_bytes + context_bytes(pricing.gpu) if loading_bytes else 0
@@ -228,14 +281,17 @@ def _after(load_options: Sequence[Option]) -> str:
     return f" after {' and '.join(parts)}" if parts else ""
 
 
-def _charged(problem: Problem, found: Configuration, budget_bytes: int) -> Problem:
+def _charged(problem: Problem, found: Configuration, budget_bytes: Budget) -> Problem:
     """Return *problem* with what *found* needs beyond its sums added to every selection.
 
     Only in phases that break the budget: elsewhere it may hold what an earlier phase left cached.
     """
+    budgets = problem.budgets(budget_bytes)
     more = [
-        beyond if needed > budget_bytes else 0
-        for beyond, needed in zip(_beyond_sums(found), found.phase_bytes, strict=True)
+        beyond if needed > most else 0
+        for beyond, needed, most in zip(
+            _beyond_sums(found), found.phase_bytes, budgets, strict=True
+        )
     ]
     base = tuple(b + m for b, m in zip(problem.base_bytes, more, strict=True))
     return replace(problem, base_bytes=base)
@@ -250,7 +306,7 @@ def _charged_alike(problem: Problem, found: Configuration) -> Problem:
     replayed = [peak.promised_bytes for peak in found.peaks]
     excess = [b - a for a, b in zip(replayed, found.phase_bytes, strict=True)]
     grown = [now - before for before, now in zip([0, *excess], excess, strict=False)]
-    blamed = found.pricing.workload.phases[grown.index(max(grown))].component
+    blamed = found.pricing.columns[grown.index(max(grown))][1].component
     more, how = _beyond_sums(found), _placed_by(found.selection.choices[blamed])
     group = tuple(
         replace(
@@ -275,16 +331,16 @@ def _placed_by(candidate: Candidate) -> str | None:
 
 
 def decide(
-    pricings: Sequence[Pricing],
+    pricings: Sequence[Pricing | DevicePricing],
     *,
     policy: Policy,
     machine: Machine,
-    device: int,
+    device: int | None,
     lower: Sequence[tuple[Quality, Level]] = (),
     extra_ram_bytes: int = 0,
     rehearse: Rehearse | None = None,
 ) -> Plan:
-    """Return the best plan for *device*.
+    """Return the best plan for *device*; None: for all that the policy has a budget for.
 
     *lower* are the next qualities, priced when they are wanted: what they could still do where
     nothing fits, and what the next would gain. The latter is said up to quality high: below, each
@@ -322,15 +378,15 @@ def decide(
     )
 
 
-def limits_of(policy: Policy, machine: Machine, device: int, extra_ram_bytes: int) -> Limits:
-    """Return what a selection may use on *device*."""
+def limits_of(policy: Policy, machine: Machine, device: int | None, extra_ram_bytes: int) -> Limits:
+    """Return what a selection may use on *device*, or on all that have a budget."""
     host = machine.host
     ram_bytes = host.available_bytes + extra_ram_bytes
     if policy.ram_bytes is not None:
         # A budget holds the process as well; what is available has it taken off already.
         ram_bytes = max(0, min(policy.ram_bytes, host.total_bytes) - PROCESS_BYTES)
     return Limits(
-        budget_bytes=policy.budget_bytes[device],
+        budget_bytes=policy.budget_bytes if device is None else policy.budget_bytes[device],
         ram_bytes=ram_bytes,
         pinnable_bytes=min(host.pinnable_bytes, ram_bytes),
     )
@@ -353,13 +409,14 @@ def _nothing_fits(
         found = level.smallest(limits) if level.problems else None
         if found is not None:
             smallest[quality.value] = found.promised_bytes
-    asked = f"No plan keeps {format_bytes(limits.budget_bytes)}"
+    asked = f"No plan keeps {_shown(limits.budget_bytes)}"
     if not candidates.problems:
         message = (
             f"{asked}: what is required and forbidden leaves no way to place the pipeline; drop "
             "one of the two."
         )
     else:
+        each = " on every GPU" if isinstance(limits.budget_bytes, Mapping) else ""
         works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
         roomy = _would_fit_with_more_ram(candidates, limits)
         more_ram = ""
@@ -369,10 +426,18 @@ def _nothing_fits(
             needed_bytes = roomy.selection.host_bytes + process_bytes
             more_ram = f"have {_rounded_up(needed_bytes)} of RAM, "
         message = (
-            f"{asked}: the smallest budget that works is {works or 'none'}; {more_ram}raise the "
-            "budget, or lower the resolution, frames or batch."
+            f"{asked}: the smallest budget that works{each} is {works or 'none'}; {more_ram}raise "
+            "the budget, or lower the resolution, frames or batch."
         )
-    return NoPlanFits(message, budget_bytes=limits.budget_bytes, smallest_budget_bytes=smallest)
+    budget = limits.budget_bytes
+    largest = max(budget.values()) if isinstance(budget, Mapping) else budget
+    return NoPlanFits(message, budget_bytes=largest, smallest_budget_bytes=smallest)
+
+
+def _shown(budget: int | Mapping[int, int]) -> str:
+    if not isinstance(budget, Mapping):
+        return format_bytes(budget)
+    return " and ".join(f"{format_bytes(n)} on GPU {index}" for index, n in budget.items())
 
 
 def _would_fit_with_more_ram(candidates: Candidates, limits: Limits) -> Configuration | None:
@@ -380,7 +445,7 @@ def _would_fit_with_more_ram(candidates: Candidates, limits: Limits) -> Configur
     roomy = replace(limits, ram_bytes=None, pinnable_bytes=None)
     # Where no rehearsal refuted anything, the replay alone says whether RAM was what was short.
     found = candidates.smallest(roomy, is_checked=bool(candidates.refuted))
-    if found is None or limits.budget_bytes is None or found.promised_bytes > limits.budget_bytes:
+    if found is None or limits.budget_bytes is None or found.over_bytes(limits.budget_bytes) > 0:
         return None
     return found
 
@@ -405,14 +470,11 @@ def _rejected(
         other = candidates.configure(lost.selection, limits.budget_bytes)
         if other.options in seen:
             continue
-        over_bytes = other.promised_bytes - limits.budget_bytes
+        over_bytes = other.over_bytes(limits.budget_bytes)
         reason = lost.reason
         if over_bytes > 0 and _host_allows(lost.selection, limits):
-            phase = max(
-                zip(other.pricing.workload.phases, other.peaks, strict=True),
-                key=lambda pair: pair[1].promised_bytes,
-            )[0]
-            reason = f"{format_bytes(over_bytes)} over the budget in {phase.name}"
+            where = _worst(other, [p.promised_bytes for p in other.peaks], limits.budget_bytes)[0]
+            reason = f"{format_bytes(over_bytes)} over the budget in {where}"
         found.append(
             Alternative(
                 options=other.options,
@@ -424,19 +486,26 @@ def _rejected(
     return tuple(found)
 
 
-def _refuted(other: Configuration, budget_bytes: int) -> Alternative:
+def _refuted(other: Configuration, budget: int | Mapping[int, int]) -> Alternative:
     assert isinstance(other.rehearsed, Rehearsed)
-    phase, needed_bytes = max(
-        zip(other.pricing.workload.phases, other.phase_bytes, strict=True),
-        key=lambda pair: pair[1],
-    )
-    more = _rounded_up(needed_bytes - budget_bytes)
+    where, over_bytes = _worst(other, other.phase_bytes, budget)
     return Alternative(
         options=other.options,
         process_bytes=other.rehearsed.peak.process_bytes,
         call_s=other.selection.call_s,
-        rejected_because=f"the rehearsal needs {more} more in {phase.name}",
+        rejected_because=f"the rehearsal needs {_rounded_up(over_bytes)} more in {where}",
     )
+
+
+def _worst(
+    found: Configuration, held_bytes: Sequence[int], budget: int | Mapping[int, int]
+) -> tuple[str, int]:
+    """Return the phase that exceeds *budget* most, named with its GPU where there are several."""
+    columns, budgets = found.pricing.columns, found.problem.budgets(budget)
+    over = [held - most for held, most in zip(held_bytes, budgets, strict=True)]
+    device, phase = columns[over.index(max(over))]
+    of_several = isinstance(budget, Mapping)
+    return f"{phase.name}{f' on GPU {device}' * of_several}", int(max(over))
 
 
 def _host_allows(selection: Selection, limits: Limits) -> bool:
@@ -485,13 +554,16 @@ def _reason(option: Option, best: Configuration) -> str:
             "Components take turns; whatever the GPU holds at once fits: "
             f"{format_bytes(max(p.weight_bytes for p in best.peaks))} of weights at the most."
         )
+    if "split" in option.parameters:
+        return "It is resident on no single GPU."
     chosen = best.selection.choices[str(option.component)]
     group = best.problem.components[str(option.component)]
     without = _without(option, chosen, group, kind)
     if without is None:
         return "It fits, and nothing is gained by moving it."
     saved = [b - a for a, b in zip(chosen.phase_bytes, without.phase_bytes, strict=True)]
-    place = max(range(len(saved)), key=lambda i: abs(saved[i]))
+    weigh = abs if kind != "device" else int  # what is gained, and not what that takes elsewhere
+    place = max(range(len(saved)), key=lambda i: weigh(saved[i]))
     saved_bytes, gained_s = saved[place], without.call_s - chosen.call_s
     phase = best.problem.phases[place]
     if option.strategy == "resident":
@@ -515,16 +587,14 @@ def _without(
 ) -> Candidate | None:
     """Return the candidate that differs from *chosen* in *option* alone."""
     own = _parts(chosen)
-    if kind == "compute":
+    if kind in ("compute", "device"):
         wanted = {k: v for k, v in own.items() if k != option.strategy}
         return next((c for c in group if _parts(c) == wanted), None)
-    computing = {k: v for k, v in own.items() if strategy(k).kind == "compute"}
-    others = [
-        c
-        for c in group
-        if c.key != chosen.key
-        and {k: v for k, v in _parts(c).items() if strategy(k).kind == "compute"} == computing
-    ]
+
+    def rest(parts: Mapping[str, str]) -> Mapping[str, str]:
+        return {k: v for k, v in parts.items() if strategy(k).kind in ("compute", "device")}
+
+    others = [c for c in group if c.key != chosen.key and rest(_parts(c)) == rest(own)]
     if option.strategy == "resident":
         return min(others, key=lambda c: (c.call_s, max(c.phase_bytes)), default=None)
     return next((c for c in others if "resident" in _parts(c)), None)

@@ -37,7 +37,7 @@ from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
-from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Candidate, Problem, Selection
+from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Budget, Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
@@ -201,9 +201,10 @@ def _check_contradictions(component: Component, policy: Policy) -> None:
     """Refuse two requirements of which *component* can meet only one."""
     asked: dict[str, Option] = {}
     for one in BUILT_IN:
-        # Where the weights are is one decision, whoever takes it; the others decide on their own.
-        decided = "placement" if "placement" in one.kind else one.name
         for option in _required(policy, one, component):
+            # Where the weights are is one decision, whoever takes it; others decide on their own.
+            is_placed = one.placement(option.parameters) is not None
+            decided = "placement" if is_placed else one.name
             other = asked.setdefault(decided, option)
             if other is not option:
                 both = (
@@ -294,10 +295,15 @@ class Pricing:
         """Options that made this workload out of the user's pipeline: a cast, fewer bits."""
         self.process_options = tuple(process_options)
         """Switches of the process under which everything is priced."""
+        self.fixed_options = (*self.process_options, *self.load_options)
+        """What every candidate has."""
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
         self.memory = MemoryModel(workload, gpu)
         self.latency = LatencyModel(workload, gpu, flags_of(process_options), num_cores=num_cores)
+        self.columns = tuple((gpu.index, phase) for phase in workload.phases)
+        """(index of the GPU, phase) of every peak."""
+        self._computed: dict[str, list[Parts]] = {}
         self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
 
@@ -308,13 +314,10 @@ class Pricing:
         found = []
         pipeline_wide = _allowed("pipeline_placement", policy)
         required_wide = [one for one in pipeline_wide if _is_required(policy, one)]
-        computed: dict[str, list[Parts]] = {}
         per_component = _allowed("placement", policy)
         if not required_wide:
             groups = {
-                c.name: self._candidates(
-                    c, self._placements(c, per_component, policy), policy, computed
-                )
+                c.name: self.candidates(c, self.offered(c, policy), policy)
                 for c in self.workload.components
             }
             if all(groups.values()):
@@ -332,7 +335,7 @@ class Pricing:
                     self._problem(
                         one.name,
                         {
-                            c.name: self._candidates(c, [(option, placement)], policy, computed)
+                            c.name: self.candidates(c, [(option, placement)], policy)
                             for c in self.workload.components
                         },
                     )
@@ -348,6 +351,10 @@ class Pricing:
             base_s=self.latency.own_seconds(),
             components=groups,
         )
+
+    def offered(self, component: Component, policy: Policy) -> list[tuple[Option, Placement]]:
+        """Return the placements that *component* may choose by itself."""
+        return self._placements(component, _allowed("placement", policy), policy)
 
     def _placements(
         self, component: Component, strategies: Sequence[Strategy], policy: Policy
@@ -371,14 +378,10 @@ class Pricing:
             found.append((option, placement))
         return found
 
-    def _candidates(
-        self,
-        component: Component,
-        placements: Sequence[tuple[Option, Placement]],
-        policy: Policy,
-        computed: dict[str, list[Parts]],
+    def candidates(
+        self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
     ) -> list[Candidate]:
-        """Return the candidates; *computed* keeps how each component may compute."""
+        """Return *component* under each of *placements*, computing in each way that was traced."""
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
@@ -391,27 +394,27 @@ class Pricing:
                 component.name,
                 [(o.strategy, o.parameters) for o in loaded],
                 casts,  # one component's cast changes what others are given
-                list(dict.fromkeys(option.strategy for option, _ in placements)),
+                [(option.strategy, option.parameters) for option, _ in placements],
                 computing(policy),
                 [o.strategy for o in self.process_options],
             )
         )
         if key not in self._shared:
-            if component.name not in computed:
-                computed[component.name] = (
+            about = f"{component.name} {policy}"
+            if about not in self._computed:
+                self._computed[about] = (
                     _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
                 )
             self._shared[key] = [
                 self._candidate(component, option, placement, parts)
-                for parts in computed[component.name]
+                for parts in self._computed[about]
                 if not parts or variant_key(component.name, parts) in self.workload.variants
                 for option, placement in _sensible(placements, parts)
                 if not conflict_of(
                     [option, *loaded, *(Option(strategy=n, parameters=parts[n]) for n in parts)]
                 )
             ]
-        applied = (*self.load_options, *self.process_options)
-        rank = max((option_quality(o).rank for o in applied), default=0)
+        rank = max((option_quality(o).rank for o in self.fixed_options), default=0)
         return [replace(c, quality_rank=max(c.quality_rank, rank)) for c in self._shared[key]]
 
     def _unused(self, component: Component) -> Candidate:
@@ -440,7 +443,7 @@ class Pricing:
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
             phase_bytes=self.memory.phase_bytes(component, choice),
             call_s=sum(
-                self._phase_seconds(phase, choice, attention, with_range=False)[0]
+                self.phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
@@ -455,7 +458,7 @@ class Pricing:
             payload=Pick(choice=choice, options=options, attention=attention),
         )
 
-    def _phase_seconds(
+    def phase_seconds(
         self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
@@ -469,7 +472,7 @@ class Pricing:
         # Model offload moves a component once, however many phases it has: charged to the first.
         first = next(p for p in self.workload.phases if p.component == phase.component)
         moves = phase == first
-        counts = self._routines(phase, choice)
+        counts = self.routine_counts(phase, choice)
         time = self.latency.placement_seconds(
             component,
             list(counts.items()),
@@ -481,7 +484,7 @@ class Pricing:
         compiling_s = self.latency.compiling_seconds(counts) if choice.variant else 0.0
         return time.call_s, time.first_call_s + compiling_s, time.low_s, time.high_s
 
-    def _routines(self, phase: Phase, choice: Choice) -> dict[int, int]:
+    def routine_counts(self, phase: Phase, choice: Choice) -> dict[int, int]:
         """Return the routines that the calls of *phase* run, and how often each."""
         counts: dict[int, int] = {}
         for ordinal in phase.calls:
@@ -494,10 +497,16 @@ class Pricing:
     # -- predictions
 
     def replay(
-        self, picks: Mapping[str, Pick | None], budget_bytes: int | None = None
+        self, picks: Mapping[str, Pick | None], budget_bytes: Budget = None
     ) -> tuple[PhaseMemory, ...]:
         """Replay one configuration through the allocator model, held to *budget_bytes* if given."""
+        if isinstance(budget_bytes, Mapping):
+            budget_bytes = budget_bytes[self.gpu.index]
         return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
+
+    def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
+        """Return the GPUs that hold something of *picks*: the only one."""
+        return (self.gpu.index,)
 
     def _choices(self, picks: Mapping[str, Pick | None]) -> dict[str, Choice]:
         idle = Choice(placement=ModelOffload())  # never called, so never brought in
@@ -514,38 +523,19 @@ class Pricing:
         for phase, peak in zip(self.workload.phases, peaks, strict=True):
             pick = picks[phase.component]
             assert pick is not None
-            seconds, phase_first_s, phase_low_s, phase_high_s = self._phase_seconds(
+            seconds, phase_first_s, phase_low_s, phase_high_s = self.phase_seconds(
                 phase, pick.choice, pick.attention
             )
             call_s, first_s = call_s + seconds, first_s + phase_first_s
             low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
-            routines.update(self._routines(phase, pick.choice))
-            phases.append(
-                PhasePrediction(
-                    name=phase.name,
-                    component=phase.component,
-                    entry=phase.entry,
-                    calls=phase.num_calls,
-                    device=device,
-                    seconds=seconds,
-                    allocated_bytes=peak.allocated_bytes,
-                    weights_bytes=peak.weight_bytes,
-                    activation_bytes=peak.activation_bytes,
-                    workspace_bytes=peak.workspace_bytes,
-                    carried_bytes=peak.carried_bytes,
-                    reserved_bytes=peak.reserved_bytes,
-                    process_bytes=peak.process_bytes,
-                )
-            )
+            routines.update(self.routine_counts(phase, pick.choice))
+            phases.append(phase_prediction(phase, peak, device=device, seconds=seconds))
         host = host_peak(
             self.workload.components,
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
-            stored_bytes=self._stored_bytes(),
-            activation_bytes=max(
-                self._host_activation_bytes(name, pick.choice.placement) if pick else 0
-                for name, pick in picks.items()
-            ),
+            stored_bytes=self.stored_bytes(),
+            activation_bytes=self.host_activation_bytes(picks),
         )
         compiled = {
             str(option.component): option.parameters
@@ -553,21 +543,9 @@ class Pricing:
             for option in (pick.options if pick else ())
             if option.strategy == "compile"
         }
-        worst = max(peaks, key=lambda p: p.promised_bytes)
         loading_bytes = self.memory.loading_bytes()
-        process_bytes = max(loading_bytes + worst.context_bytes, *(p.process_bytes for p in peaks))
         return Prediction(
-            peak_vram=(
-                DevicePeak(
-                    device=device,
-                    allocated_bytes=max(loading_bytes, *(p.allocated_bytes for p in peaks)),
-                    reserved_bytes=max(loading_bytes, *(p.reserved_bytes for p in peaks)),
-                    process_bytes=process_bytes,
-                    context_bytes=worst.context_bytes,
-                    slack_bytes=max(0, worst.promised_bytes - process_bytes),
-                    loading_bytes=loading_bytes,
-                ),
-            ),
+            peak_vram=(device_peak(device, peaks, loading_bytes),),
             phases=tuple(phases),
             latency=Latency(
                 first_call_s=first_s + self.latency.trial_seconds(routines),
@@ -581,10 +559,17 @@ class Pricing:
             assumptions=(
                 *self.workload.assumptions,
                 *_compiling_notes(compiled, first_s - call_s),
-                *_loading_notes(loading_bytes),
+                *loading_notes(loading_bytes),
                 *([TRIALS_NOTE] if self.latency.flags.cudnn_benchmark else ()),
-                *_host_notes(host),
+                *host_notes(host),
             ),
+        )
+
+    def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
+        """Return what the largest call takes of those that the CPU computes."""
+        return max(
+            self._host_activation_bytes(name, pick.choice.placement) if pick else 0
+            for name, pick in picks.items()
         )
 
     def _host_activation_bytes(self, component: str, placement: Placement) -> int:
@@ -595,7 +580,7 @@ class Pricing:
         routines = {self._root_calls[ordinal][1] for ordinal in ordinals}
         return max(self.memory.activation_peak(one).activation_bytes for one in routines)
 
-    def _stored_bytes(self) -> dict[str, int]:
+    def stored_bytes(self) -> dict[str, int]:
         """Return what lies on disk for the components that are cast to 16 bits after it is read."""
         return {
             component.name: 2 * component.weight_bytes
@@ -619,22 +604,26 @@ class Pricing:
         for component in self.workload.components:
             parts: dict[str, Mapping[str, Any]] = {}
             option, placement = Option(strategy="resident", component=component.name), None
+            device: int | None = None
             for one in BUILT_IN:
                 policy = Policy(budget_bytes={}, required=tuple(options))
                 for asked in _required(policy, one, component, self.workload, self.gpu):
                     if one.kind == "compute":
                         parts[one.name] = asked.parameters
-                    elif "placement" in one.kind:
+                    elif one.kind == "device" and one.placement(asked.parameters) is None:
+                        device = asked.parameters["device"]
+                    elif one.kind == "device" or "placement" in one.kind:
                         option = replace(asked, component=component.name)
                         placement = one.placement(asked.parameters)
             variant = variant_key(component.name, parts) if parts else ""
             picks[component.name] = Pick(
-                choice=Choice(placement=placement or Resident(), variant=variant),
+                choice=Choice(placement=placement or Resident(), variant=variant, device=device),
                 options=(
                     *(
                         Option(strategy=n, component=component.name, parameters=p)
                         for n, p in parts.items()
                     ),
+                    *([] if device is None else [at_device(component.name, device)]),
                     option,
                 ),
                 attention=attention_of(parts),
@@ -670,7 +659,45 @@ def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -
     return tuple(notes)
 
 
-def _loading_notes(loading_bytes: int) -> tuple[str, ...]:
+def phase_prediction(
+    phase: Phase, peak: PhaseMemory, *, device: int, seconds: float
+) -> PhasePrediction:
+    """Return a phase's row for one GPU."""
+    return PhasePrediction(
+        name=phase.name,
+        component=phase.component,
+        entry=phase.entry,
+        calls=phase.num_calls,
+        device=device,
+        seconds=seconds,
+        allocated_bytes=peak.allocated_bytes,
+        weights_bytes=peak.weight_bytes,
+        activation_bytes=peak.activation_bytes,
+        workspace_bytes=peak.workspace_bytes,
+        carried_bytes=peak.carried_bytes,
+        reserved_bytes=peak.reserved_bytes,
+        process_bytes=peak.process_bytes,
+    )
+
+
+def device_peak(device: int, peaks: Sequence[PhaseMemory], loading_bytes: int) -> DevicePeak:
+    """Return the largest of the *peaks* of one GPU, or what loading needs there."""
+    worst = max(peaks, key=lambda peak: peak.promised_bytes)
+    process_bytes = max(
+        loading_bytes + worst.context_bytes, *(peak.process_bytes for peak in peaks)
+    )
+    return DevicePeak(
+        device=device,
+        allocated_bytes=max(loading_bytes, *(peak.allocated_bytes for peak in peaks)),
+        reserved_bytes=max(loading_bytes, *(peak.reserved_bytes for peak in peaks)),
+        process_bytes=process_bytes,
+        context_bytes=worst.context_bytes,
+        slack_bytes=max(0, worst.promised_bytes - process_bytes),
+        loading_bytes=loading_bytes,
+    )
+
+
+def loading_notes(loading_bytes: int) -> tuple[str, ...]:
     if not loading_bytes:
         return ()
     return (
@@ -679,13 +706,18 @@ def _loading_notes(loading_bytes: int) -> tuple[str, ...]:
     )
 
 
-def _host_notes(host: HostPeak) -> tuple[str, ...]:
+def host_notes(host: HostPeak) -> tuple[str, ...]:
     if host.load_bytes <= host.call_bytes:
         return ()
     return (
         "Host RAM peaks while the pipeline loads, with the weight files that are read, whose pages "
         f"the kernel drops when RAM is short; calls take {format_bytes(host.call_bytes)}.",
     )
+
+
+def at_device(component: str, device: int) -> Option:
+    """Return the option that *component* computes on the GPU with this index."""
+    return Option(strategy="device_map", component=component, parameters={"device": device})
 
 
 def attention_of(parts: Parts) -> Attention:
@@ -697,9 +729,14 @@ def attention_of(parts: Parts) -> Attention:
     return cast(Attention, backend)
 
 
-def plan_options(pricing: Pricing, picks: Mapping[str, Pick | None]) -> tuple[Option, ...]:
-    """Return the options of a configuration, each once, in the order of application."""
-    found: list[Option] = [*pricing.process_options, *pricing.load_options]
+def plan_options(
+    fixed_options: Sequence[Option], picks: Mapping[str, Pick | None]
+) -> tuple[Option, ...]:
+    """Return the options of a configuration, each once, in the order of application.
+
+    *fixed_options* are those of its pricing.
+    """
+    found: list[Option] = list(fixed_options)
     for name, pick in picks.items():
         if pick is None:
             continue

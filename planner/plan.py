@@ -46,6 +46,8 @@ class RehearsedPeak:
     reserved_bytes: int
     process_bytes: int
     """With the context, which is predicted and not rehearsed."""
+    device: int | None = field(default=None, metadata={serial.OMITTED: True})
+    """Index of the GPU, in a plan for several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,11 @@ class Rehearsed:
     def peak(self) -> RehearsedPeak:
         """The phase in which the process held most."""
         return max(self.phases, key=lambda phase: phase.process_bytes)
+
+    def peak_on(self, device: int) -> RehearsedPeak:
+        """Return the same on one GPU, the only one where phases do not name it."""
+        there = [phase for phase in self.phases if phase.device in (None, device)]
+        return max(there, key=lambda phase: phase.process_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +94,15 @@ class Plan:
 
     @property
     def gpu(self) -> Gpu:
-        """The GPU that is planned for."""
-        return next(g for g in self.machine.gpus if g.index == min(self.policy.budget_bytes))
+        """The GPU that is planned for; of several the one on which the pipeline computes."""
+        main = self.prediction.peak_vram[0].device
+        return next(gpu for gpu in self.machine.gpus if gpu.index == main)
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All GPUs that hold something, :attr:`gpu` first."""
+        by_index = {gpu.index: gpu for gpu in self.machine.gpus}
+        return tuple(by_index[peak.device] for peak in self.prediction.peak_vram)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -247,14 +261,29 @@ class Verification:
         return not self.out_of_memory
 
     @property
+    def process_bytes(self) -> dict[int, int]:
+        """What the driver would show for the process at its peak, by GPU."""
+        return {
+            peak.device: peak.context_bytes
+            + max(p.reserved_bytes for p in self.rehearsal.phases if p.device == peak.device)
+            for peak in self.plan.prediction.peak_vram
+        }
+
+    @property
     def phases(self) -> list[tuple[PhasePrediction | None, RehearsedPhase]]:
         """What was predicted beside what was rehearsed."""
-        predicted = {(p.component, p.entry): p for p in self.plan.prediction.phases}
-        return [(predicted.get((p.component, p.entry)), p) for p in self.rehearsal.phases]
+        predicted = {(p.component, p.entry, p.device): p for p in self.plan.prediction.phases}
+        used = {peak.device for peak in self.plan.prediction.peak_vram}
+        return [
+            (predicted.get((p.component, p.entry, p.device)), p)
+            for p in self.rehearsal.phases
+            if p.device in used
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as ``pipefit.verification/1``."""
         rehearsal = serial.to_json(self.rehearsal)
+        rehearsal["phases"] = [serial.to_json(phase) for _, phase in self.phases]
         for shown, (predicted, phase) in zip(rehearsal["phases"], self.phases, strict=True):
             for key in ("allocated_bytes", "reserved_bytes", "seconds"):
                 shown[f"predicted_{key}"] = predicted and getattr(predicted, key)
@@ -265,7 +294,7 @@ class Verification:
             "budget_bytes": self.plan.policy.budget_bytes[self.plan.gpu.index],
             "holds": self.holds,
             "out_of_memory": self.out_of_memory,
-            "process_bytes": self.rehearsal.process_bytes,
+            "process_bytes": self.process_bytes[self.plan.gpu.index],
             **rehearsal,
         }
 

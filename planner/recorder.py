@@ -46,10 +46,7 @@ from pipefit.planner.virtual_tensors import (
     VirtualTensor,
     buffer_of,
 )
-from pipefit.strategies.live import COMPILED, launcher_of
-
-ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
-"""Methods besides ``forward`` by which pipelines enter a component."""
+from pipefit.strategies.live import COMPILED, ENTRY_METHODS, launcher_of
 
 TILE_METHODS = ("blend_v", "blend_h", "blend_t")
 """Methods of tiled autoencoders that loop over rows of a seam; remembered like module calls.
@@ -131,6 +128,17 @@ def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _tensor_bytes(value: Any) -> int:
+    """Return the bytes of all GPU tensors in arguments."""
+    if type(value) is VirtualTensor:
+        return value.numel() * value.element_size() if value.is_cuda else 0
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_tensor_bytes, value))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One distinct component call of the pipeline, repeatable."""
@@ -174,6 +182,8 @@ class Recorder(Observer):
         self.routines: list[Routine] = []
         self.entries: dict[int, Entry] = {}
         """Routine -> the component call that it stands for."""
+        self.input_bytes: dict[int, int] = {}
+        """Routine -> bytes of the tensors that its calls are given, the most of them."""
         self.components: dict[str, torch.nn.Module] = {}
         self.unknown_reads: dict[str, int] = {}
         self._routine_numbers: dict[Routine, int] = {}
@@ -289,6 +299,7 @@ class Recorder(Observer):
             if memory is not None:
                 return self._replay(memory, caller, path, given)
         given.let_go()
+        input_bytes = _tensor_bytes((args, kwargs))
         is_entry = caller is self.root and "." not in path
         repeatable = (kept_argument(args), kept_argument(kwargs)) if is_entry else None
         frame = _Frame(module, path, entry)
@@ -309,6 +320,7 @@ class Recorder(Observer):
             self._forget_structure(module)
         alive = frame.alive()
         routine = self._close(frame, caller)
+        self.input_bytes[routine] = max(input_bytes, self.input_bytes.get(routine, 0))
         if repeatable is not None and routine not in self.entries:
             dtypes = tuple(tensor.dtype for tensor in _weights(module))
             self.entries[routine] = Entry(entry, *repeatable, dtypes)

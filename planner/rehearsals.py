@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefit.cost_models import serial
-from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.context import context_bytes
+from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.memory import flushing_bytes
 from pipefit.cost_models.units import format_seconds
 from pipefit.cost_models.workload import Workload
@@ -107,12 +108,16 @@ class Rehearser:
 
     source: Source
     call: Mapping[str, Any]
-    gpu: Gpu
-    is_asked_for: bool
+    gpus: Sequence[Gpu]
+    """The one that is planned for; or all of the machine, by index, for a plan over several."""
+    links: Sequence[Link] = ()
+    is_asked_for: bool = False
     """However long it takes; what fails is then an error. Otherwise only what is quick."""
     progress: Progress | None = None
 
-    def __call__(self, found: Configuration, budget_bytes: int) -> Rehearsed | str:
+    def __call__(
+        self, found: Configuration, budget_bytes: int | Mapping[int, int]
+    ) -> Rehearsed | str:
         """Return what *found* holds in a process held to *budget_bytes*, or why nobody knows.
 
         Raises:
@@ -127,19 +132,24 @@ class Rehearser:
             return f"would take about {format_seconds(round(expected_s))}; `pipefit verify` does it"
         options = tuple(replace(option, reason="") for option in found.options)
         # What else the GPU does now is in the budget.
-        gpu = replace(self.gpu, free_bytes=self.gpu.total_bytes, other_bytes=0)
+        gpus = [replace(gpu, free_bytes=gpu.total_bytes, other_bytes=0) for gpu in self.gpus]
+        described = [
+            {k: v for k, v in serial.to_json(gpu).items() if k not in _SAY_NOTHING} for gpu in gpus
+        ]
+        slack_bytes = [found.slack_on(device) for device in found.used]
         key = {
             **self.source.key,
             "call": described_call(self.call),
             "rehearsed_options": serial.to_json(options),
-            "gpu": {k: v for k, v in serial.to_json(gpu).items() if k not in _SAY_NOTHING},
+            "gpus": described,
+            "links": serial.to_json(self.links),
             "budget_bytes": budget_bytes,
-            "slack_bytes": found.slack_bytes,
+            "slack_bytes": slack_bytes,
         }
         try:
             rehearsed = remembered(
                 json.loads(json.dumps(key, default=str)),
-                lambda: self._execute(found, options, gpu, budget_bytes),
+                lambda: self._execute(found, options, gpus, budget_bytes),
                 name="rehearsal",
                 to_json=serial.to_json,
                 from_json=functools.partial(serial.from_json, Rehearsed),
@@ -152,7 +162,11 @@ class Rehearser:
         return rehearsed
 
     def _execute(
-        self, found: Configuration, options: tuple[Option, ...], gpu: Gpu, budget_bytes: int
+        self,
+        found: Configuration,
+        options: tuple[Option, ...],
+        gpus: Sequence[Gpu],
+        budget_bytes: int | Mapping[int, int],
     ) -> Rehearsed:
         from pipefit.planner.build import quietly
         from pipefit.planner.call import default_inputs
@@ -161,22 +175,40 @@ class Rehearser:
         if self.progress is not None:
             about = format_seconds(round(estimated_s(found)))
             self.progress(f"rehearsing {self.source.name}, about {about} …")
+        budgets = {
+            gpu.index: budget_bytes[gpu.index]
+            if isinstance(budget_bytes, Mapping)
+            else budget_bytes
+            for gpu in gpus
+            if gpu.index in found.used
+        }
         with quietly():
             pipe, entry = self.source.get()
             rehearsal = rehearse(
                 pipe,
                 options,
                 default_inputs(pipe, entry, self.call),
-                gpu,
-                budget_bytes=flushing_bytes(gpu, budget_bytes),
+                gpus,
+                budget_bytes={
+                    gpu.index: flushing_bytes(gpu, budgets[gpu.index])
+                    for gpu in gpus
+                    if gpu.index in budgets
+                },
+                main=found.used[0] if len(gpus) > 1 else None,
+                links=self.links,
                 is_strict=False,
                 in_place=self.source.is_ours,
             )
-        return compact(rehearsal, budget_bytes - found.slack_bytes)
+        held = {device: most - found.slack_on(device) for device, most in budgets.items()}
+        return compact(rehearsal, held, gpus)
 
 
-def compact(found: Rehearsal, held_bytes: int) -> Rehearsed:
-    """Return what a plan keeps of *found*, whose process was to hold *held_bytes* at the most."""
+def compact(found: Rehearsal, held_bytes: Mapping[int, int], gpus: Sequence[Gpu]) -> Rehearsed:
+    """Return what a plan keeps of *found*, whose process was to hold *held_bytes* at the most.
+
+    Of several *gpus* that are those with such a bound.
+    """
+    contexts = {gpu.index: context_bytes(gpu) for gpu in gpus}
     phases = tuple(
         RehearsedPeak(
             name=phase.name,
@@ -184,13 +216,17 @@ def compact(found: Rehearsal, held_bytes: int) -> Rehearsed:
             entry=phase.entry,
             allocated_bytes=phase.allocated_bytes,
             reserved_bytes=phase.reserved_bytes,
-            process_bytes=phase.reserved_bytes + found.context_bytes,
+            process_bytes=phase.reserved_bytes + contexts[phase.device],
+            device=phase.device if len(gpus) > 1 else None,
         )
         for phase in found.phases
+        if phase.device in held_bytes
     )
-    return Rehearsed(
-        phases=phases, within_budget=all(p.process_bytes <= held_bytes for p in phases)
+    within_budget = all(
+        phase.process_bytes <= held_bytes[gpus[0].index if phase.device is None else phase.device]
+        for phase in phases
     )
+    return Rehearsed(phases=phases, within_budget=within_budget)
 
 
 _SAY_NOTHING = ("index", "free_bytes", "other_bytes", "provenance", "sources")

@@ -91,6 +91,7 @@ def rehearse(
     gpu: Gpu | Sequence[Gpu],
     *,
     budget_bytes: int | Mapping[int, int] | None = None,
+    main: int | None = None,
     links: Sequence[Link] = (),
     timeline: Timeline | None = None,
     is_strict: bool = True,
@@ -102,8 +103,9 @@ def rehearse(
 
     The call is cut to :data:`REHEARSED_STEPS` denoising steps. What a live pipeline is past
     (weights quantised as they are loaded) is imitated on the twin, and nothing is written to the
-    disk that *options* may name. *pipe* stays as it is unless *in_place*; the other arguments are
-    those of :func:`on_stage`.
+    disk that *options* may name. *main* is the index of the GPU on which the pipeline computes, of
+    several that are given in the order of their indices. *pipe* stays as it is unless *in_place*;
+    the other arguments are those of :func:`on_stage`.
 
     Raises:
         torch.OutOfMemoryError: the call does not fit into *budget_bytes* (context included); not
@@ -127,7 +129,7 @@ def rehearse(
             num_cores=num_cores,
         ) as stage,
         tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
-        apply_options(stage.pipe, _on_twin(options, folder), GPU),
+        apply_options(stage.pipe, _on_twin(options, folder), torch.device(GPU.type, main or 0)),
     ):
         stage.placements = placements_of(options, module_components(stage.pipe))
         with stage.counting():

@@ -110,18 +110,32 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
 def verification_report(verified: Verification) -> RenderableType:
     """Return predicted beside rehearsed peaks, phase by phase, and whether the budget holds."""
     plan, rehearsal = verified.plan, verified.rehearsal
-    budget_bytes = plan.policy.budget_bytes[plan.gpu.index]
-    peak = f"{format_bytes(rehearsal.process_bytes)} at its peak"
+    several = len(plan.gpus) > 1
+    budget = " and ".join(
+        format_bytes(plan.policy.budget_bytes[gpu.index]) + f" on GPU {gpu.index}" * several
+        for gpu in plan.gpus
+    )
+    held = " and ".join(
+        format_bytes(held_bytes) + f" on GPU {index}" * several
+        for index, held_bytes in verified.process_bytes.items()
+    )
     verdict = Text(
-        f"the budget of {format_bytes(budget_bytes)} holds: the process has {peak}"
+        f"the budget of {budget} holds: the process has {held} at its peak"
         if verified.holds
-        else f"the budget of {format_bytes(budget_bytes)} does NOT hold: the process needs {peak}",
+        else f"the budget of {budget} does NOT hold: the process needs {held} at its peak",
         style="green" if verified.holds else "red",
     )
-    memory = _table("phase", "component", ">predicted", ">allocated", ">predicted", ">reserved")
-    time = _table("phase", "component", ">calls", ">predicted", ">rehearsed", ">to GPU", ">to host")
+    gpu_column = [">GPU"] * several
+    memory = _table(
+        *gpu_column, "phase", "component", ">predicted", ">allocated", ">predicted", ">reserved"
+    )
+    time = _table(
+        *gpu_column,
+        *("phase", "component", ">calls", ">predicted", ">rehearsed", ">to GPU", ">to host"),
+    )
     for predicted, phase in verified.phases:
         memory.add_row(
+            *[str(phase.device)] * several,
             phase.name,
             phase.component,
             format_bytes(predicted.allocated_bytes) if predicted else "",
@@ -129,12 +143,14 @@ def verification_report(verified: Verification) -> RenderableType:
             format_bytes(predicted.reserved_bytes) if predicted else "",
             format_bytes(phase.reserved_bytes),
         )
+        computes = not several or bool(predicted and predicted.seconds)
         time.add_row(
+            *[str(phase.device)] * several,
             phase.name,
             phase.component,
             str(predicted.calls if predicted else phase.calls),
-            format_seconds(predicted.seconds) if predicted else "",
-            format_seconds(call_seconds(predicted, phase)),
+            format_seconds(predicted.seconds) if predicted and computes else "",
+            format_seconds(call_seconds(predicted, phase)) if computes else "",
             format_bytes(phase.copies.to_gpu_bytes),
             format_bytes(phase.copies.to_host_bytes),
         )
@@ -260,16 +276,22 @@ def _rehearsal_line(plan: Plan) -> list[RenderableType]:
     if plan.rehearsal is None:
         reason = plan.not_rehearsed
         return [Text(f"not rehearsed: {reason}", style="yellow")] if reason else []
-    peak = plan.rehearsal.peak
-    predicted = next(
-        p for p in plan.prediction.phases if (p.component, p.entry) == (peak.component, peak.entry)
-    )
-    return [
-        Text(
-            f"rehearsed: {format_bytes(peak.process_bytes)} in {peak.name}, "
-            f"predicted {format_bytes(predicted.process_bytes)}"
+    found: list[RenderableType] = []
+    for gpu in plan.gpus:
+        peak = plan.rehearsal.peak_on(gpu.index)
+        predicted = next(
+            p
+            for p in plan.prediction.phases
+            if (p.component, p.entry, p.device) == (peak.component, peak.entry, gpu.index)
         )
-    ]
+        where = f" on GPU {gpu.index}" if len(plan.gpus) > 1 else ""
+        found.append(
+            Text(
+                f"rehearsed: {format_bytes(peak.process_bytes)} in {peak.name}{where}, "
+                f"predicted {format_bytes(predicted.process_bytes)}"
+            )
+        )
+    return found
 
 
 def _cost_line(prediction: Prediction, *more: str) -> Text:
@@ -291,18 +313,22 @@ def _phase_table(
     phases: Sequence[PhasePrediction], bounds: Mapping[int, int], *, of: str = "of the budget"
 ) -> Table:
     several = len({p.device for p in phases}) > 1
-    table = _table("phase", "component", ">calls", ">peak", of, ">weights", ">activ.", ">time")
+    columns = ["phase", "component", ">calls", ">peak", of, ">weights", ">activ.", ">time"]
+    table = _table(*[">GPU"] * several, *columns)
     for phase in phases:
         bound_bytes = bounds.get(phase.device)
+        used = phase.process_bytes / bound_bytes if bound_bytes else 0.0
         table.add_row(
-            phase.name + (f" (GPU {phase.device})" if several else ""),
+            *[str(phase.device)] * several,
+            phase.name,
             phase.component,
             str(phase.calls),
             format_bytes(phase.process_bytes),
-            _Bar(phase.process_bytes / bound_bytes) if bound_bytes else "",
+            (f"{used:.0%}" if several else _Bar(used)) if bound_bytes else "",
             format_bytes(phase.weights_bytes),
             format_bytes(phase.activation_bytes),
-            format_seconds(phase.seconds),
+            # With several GPUs a phase has a row for each, of which one computes.
+            format_seconds(phase.seconds) if phase.seconds or not several else "",
         )
     return table
 

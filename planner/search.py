@@ -54,6 +54,10 @@ ROUNDING = 1e-9
 """Relative slack of a bound made with real multipliers, so that rounding never prunes."""
 
 
+Budget: TypeAlias = int | Mapping[int, int] | None
+"""Bytes on every GPU, or by its index; None is no limit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to run one component."""
@@ -83,21 +87,30 @@ class Problem:
     """Per phase, what no candidate changes: carried tensors, context."""
     base_s: float = 0.0
     components: Mapping[str, Sequence[Candidate]]
+    devices: tuple[int, ...] = ()
+    """With several GPUs the one that each of ``phases`` is about: a phase comes once for each."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that no search could mean."""
         if not self.components:
             raise ValueError(f"The problem {self.name!r} needs at least one component.")
         lengths = {len(c.phase_bytes) for group in self.components.values() for c in group}
-        if lengths - {len(self.phases)} or len(self.base_bytes) != len(self.phases):
+        lengths |= {len(self.base_bytes), len(self.devices or self.phases)}
+        if lengths - {len(self.phases)}:
             raise ValueError(f"Every candidate of {self.name!r} needs a figure for each phase.")
+
+    def budgets(self, budget: Budget) -> tuple[float, ...]:
+        """Return what *budget* leaves to each of the phases; infinite where it says nothing."""
+        if isinstance(budget, Mapping):
+            return tuple(budget.get(device, math.inf) for device in self.devices)
+        return (math.inf if budget is None else budget,) * len(self.phases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a selection may use; None is no limit."""
 
-    budget_bytes: int | None = None
+    budget_bytes: Budget = None
     ram_bytes: int | None = None
     pinnable_bytes: int | None = None
 
@@ -225,9 +238,10 @@ def _contenders(problems: Sequence[Problem], limits: Limits, chosen: Selection) 
 
 def _over_limits(selection: Selection, problem: Problem, limits: Limits) -> str:
     """Say which limit is broken most visibly; empty when all are kept."""
-    if limits.budget_bytes is not None and selection.peak_bytes > limits.budget_bytes:
-        phase = problem.phases[selection.phase_bytes.index(selection.peak_bytes)]
-        return f"{format_bytes(selection.peak_bytes - limits.budget_bytes)} over in {phase}"
+    budgets = problem.budgets(limits.budget_bytes)
+    over = [held - most for held, most in zip(selection.phase_bytes, budgets, strict=True)]
+    if max(over) > 0:
+        return f"{format_bytes(int(max(over)))} over in {problem.phases[over.index(max(over))]}"
     if limits.ram_bytes is not None and selection.host_bytes > limits.ram_bytes:
         return f"{format_bytes(selection.host_bytes - limits.ram_bytes)} over the host's RAM"
     if limits.pinnable_bytes is not None and selection.pinned_bytes > limits.pinnable_bytes:
@@ -372,8 +386,8 @@ def _box(problem: Problem, limits: Limits) -> _Box:
         for group in candidates
     )
     limit = np.full(width, np.inf)
+    limit[_Columns.phases] = problem.budgets(limits.budget_bytes)
     for columns, most in (
-        (_Columns.phases, limits.budget_bytes),
         (_Columns.host, limits.ram_bytes),
         (_Columns.pinned, limits.pinnable_bytes),
     ):

@@ -162,6 +162,7 @@ def trace(
         routines=tuple(recorder.routines),
         variants=replaced,
         assumptions=(*workload.assumptions, *left_out),
+        input_bytes=dict(recorder.input_bytes),
     )
 
 

@@ -11,6 +11,7 @@ from pipefit.strategies.channels_last import ChannelsLast
 from pipefit.strategies.compile import Compile
 from pipefit.strategies.cudnn_benchmark import CudnnBenchmark
 from pipefit.strategies.decode_chunks import DecodeChunks
+from pipefit.strategies.device_map import DeviceMap
 from pipefit.strategies.feed_forward_chunking import FeedForwardChunking
 from pipefit.strategies.fused_qkv import FusedQkv
 from pipefit.strategies.group_offload import GroupOffload
@@ -46,6 +47,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     VaeTiling(),
     DecodeChunks(),
     JitTrace(),
+    DeviceMap(),
     GroupOffload(),
     TextEncoderOnCpu(),
     Resident(),
@@ -56,9 +58,10 @@ BUILT_IN: tuple[Strategy, ...] = (
 )
 """In the order in which they are applied: what changes tensors first, what hooks onto them last.
 
-Group offload and what is left to the CPU come before resident, so that weights leave the GPU before
-others arrive. To add a strategy: a file here, a line in this tuple, a row in
-tests/strategies/test_contract.py, and docs/strategies.md written anew.
+The device map comes before what places weights, which goes by its hooks; group offload and what is
+left to the CPU before resident, so that weights leave the GPU before others arrive. To add a
+strategy: a file here, a line in this tuple, a row in tests/strategies/test_contract.py, and
+docs/strategies.md written anew.
 """
 
 

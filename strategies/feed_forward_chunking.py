@@ -21,7 +21,7 @@ from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.timeline import Timeline
-from pipefit.cost_models.workload import Component, Routine, Workload
+from pipefit.cost_models.workload import Component, Routine, Workload, returned_bytes
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES, attribute_restorer, reads_flag
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
@@ -163,9 +163,8 @@ def _saved_share(component: Component, workload: Workload, gpu: Gpu) -> float:
     layers = {layer for n in numbers for layer in _layers(workload.routines[n], classes)}
     lean = list(workload.routines)
     for layer in layers:
-        kept = set(lean[layer].returns)
-        sizes = _returned_bytes(workload, layer)
-        events = tuple(("a", number, sizes[number]) for number in sorted(kept))
+        sizes = dict(zip(lean[layer].returns, returned_bytes(workload, layer), strict=True))
+        events = tuple(("a", number, sizes[number]) for number in sorted(sizes))
         lean[layer] = replace(lean[layer], events=events)
     entered = entered_routines(component, workload)
     peaks = []
@@ -178,17 +177,3 @@ def _saved_share(component: Component, workload: Workload, gpu: Gpu) -> float:
             )
         )
     return 1 - peaks[1] / peaks[0] if peaks[0] else 0.0
-
-
-def _returned_bytes(workload: Workload, routine: int) -> dict[int, int]:
-    """Return the sizes of a routine's own buffers and of those that its callees return."""
-    sizes: dict[int, int] = {}
-    for event in workload.routines[routine].events:
-        if event[0] == "a":
-            sizes[event[1]] = event[2]
-        elif event[0] == "c" and event[3]:
-            inner = _returned_bytes(workload, event[1])
-            sizes.update(
-                zip(event[3], (inner[n] for n in workload.routines[event[1]].returns), strict=True)
-            )
-    return sizes

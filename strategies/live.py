@@ -13,7 +13,7 @@ import dis
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,12 @@ ACCELERATE_HOOK = "_hf_hook"
 
 DIFFUSERS_HOOKS = "_diffusers_hook"
 """Attribute in which diffusers 0.42 keeps a module's ``HookRegistry`` (hooks/hooks.py)."""
+
+ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
+"""Methods besides ``forward`` by which pipelines enter a component."""
+
+DISPATCH_ATTRIBUTES = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+"""What accelerate's ``dispatch_model`` leaves on a module (big_modeling.py, accelerate 1.15)."""
 
 HOOK_ATTRIBUTES = ("forward", "_old_forward", ACCELERATE_HOOK, DIFFUSERS_HOOKS)
 """Instance attributes that attaching a hook writes."""
@@ -279,6 +285,34 @@ def attention_registry() -> Any:
             "not know them: use diffusers 0.42, or leave the attention strategy out."
         ) from error
     return Registry
+
+
+def balanced_components(
+    sizes: Mapping[str, int], room_bytes: Mapping[int, int]
+) -> dict[str, int | str]:
+    """Return where ``device_map="balanced"`` puts components of these *sizes*: a GPU or ``"cpu"``.
+
+    Largest first, GPUs with most room first, back and forth; *room_bytes* is by GPU. Components may
+    be missing: of those that do not fit where their turn is, the library remembers only the last.
+
+    Raises:
+        UnsupportedPipeline: this diffusers has no such function.
+    """
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import _assign_components_to_devices
+    except ImportError as error:
+        import diffusers
+
+        raise UnsupportedPipeline(
+            f"diffusers {diffusers.__version__} balances components in a way that pipefit does not "
+            "know: use diffusers 0.42, or name the GPUs with device_map:device=1@vae."
+        ) from error
+
+    def by_size(table: Mapping[Any, int]) -> dict[Any, int]:
+        return dict(sorted(table.items(), key=lambda item: item[1], reverse=True))
+
+    found = _assign_components_to_devices(by_size(sizes), by_size(room_bytes))
+    return {name: place for place, names in found.items() for name in names}
 
 
 PROBED_DTYPES = ("float32", "float16", "bfloat16")

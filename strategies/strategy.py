@@ -19,8 +19,9 @@ from pipefit.cost_models.workload import Component, Workload
 Undo = Callable[[], None]
 """Takes one strategy back; called once, in reverse order of application."""
 
-Kind = Literal["placement", "pipeline_placement", "compute", "load", "process"]
-"""placement: where one component's weights are, exactly one per component.
+Kind = Literal["device", "placement", "pipeline_placement", "compute", "load", "process"]
+"""device: on which GPU one component computes; may say how its weights lie there, too.
+placement: where one component's weights are, exactly one per component.
 pipeline_placement: the same, for all components at once (model and sequential offload).
 compute: changes how the component computes; its effect on memory and time is traced.
 load: how the weights are stored (dtype, fewer bits); changes the whole trace.

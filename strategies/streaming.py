@@ -379,7 +379,10 @@ def _entry_hook_class() -> type:
 
 
 def entry_hook(module: Any, device: Any, undo: ExitStack) -> Any:
-    """Return the hook of *module*, attached now if none is there yet."""
+    """Return the hook of *module* on entering it, attached now if none is there yet.
+
+    A new one tells the pipeline that it computes on *device*; its removal is added to *undo*.
+    """
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
     from diffusers import ModelMixin
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_memory.counters import Counter
-from pipefit.planner.recorder import ENTRY_METHODS
+from pipefit.strategies.live import ENTRY_METHODS
 
 
 @dataclass(slots=True, kw_only=True)

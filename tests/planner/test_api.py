@@ -208,12 +208,6 @@ def test_a_prediction_of_everything_resident_is_of_exactly_that() -> None:
     assert offloaded.peak_vram[0].allocated_bytes / 2**30 == pytest.approx(22.64, rel=0.01)
 
 
-def test_a_budget_for_several_gpus_says_that_one_is_used() -> None:
-    pair = reference_machine(["rtx-4090", "rtx-4060"])
-    plan = api.plan(untouched("flux")[0], "0=8GB,1=4GB", call=small_call("flux"), machine=pair)
-    assert any("Only GPU 0 is used" in line for line in plan.assumptions)
-
-
 @pytest.mark.slow
 def test_model_offload_is_refused_where_a_class_orders_it_in_its_own_way() -> None:
     machine = reference_machine(["rtx-4060"])

@@ -228,3 +228,20 @@ def test_run_writes_the_picture(capsys, tmp_path: Path) -> None:
 def _hook(monkeypatch):
     """``main`` replaces the hook for uncaught errors, for good; here it is put back."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.mark.slow
+def test_two_gpus_are_planned_for_with_a_budget_each(tmp_path: Path) -> None:
+    arguments = ["--gpus", "rtx-4060,rtx-3060-12gb", "--vram", "0=4GB,1=5GB", "--no-rehearse"]
+    done = run_command("plan", "sdxl", *arguments, "--json")
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    peaks = {peak["device"]: peak["process_bytes"] for peak in plan["peak_vram"]}
+    assert plan["policy"]["budget_bytes"] == {"0": 4 * 10**9, "1": 5 * 10**9}
+    assert all(held < (4, 5)[index] * 10**9 for index, held in peaks.items())
+    assert {row["device"] for row in plan["phases"]} == set(peaks)
+    refused = run_command(
+        "predict", "sdxl", "--gpu", "rtx-4060", "--with", "device_map:device=3@vae"
+    )
+    assert refused.returncode == 2
+    assert "device_map names GPU 3" in refused.stderr

@@ -53,15 +53,29 @@ def problems(draw: st.DrawFn, name: str = "mixed") -> Problem:
     )
 
 
+bounds = st.one_of(st.none(), st.integers(0, 4000), st.integers(0, 40))
+limits = st.builds(Limits, budget_bytes=bounds, ram_bytes=bounds, pinnable_bytes=bounds)
+
+
+@st.composite
+def on_several_gpus(draw: st.DrawFn) -> tuple[list[Problem], Limits]:
+    """Problems whose columns are about one or two GPUs, each with a budget of its own or none."""
+    found = []
+    for name in ("mixed on GPU 0", "mixed on GPU 1")[: draw(st.integers(1, 2))]:
+        problem = draw(problems(name))
+        gpus = st.lists(
+            st.integers(0, 1), min_size=len(problem.phases), max_size=len(problem.phases)
+        )
+        found.append(replace(problem, devices=tuple(draw(gpus))))
+    budgets = st.dictionaries(st.integers(0, 1), st.integers(0, 4000) | st.integers(0, 40))
+    return found, Limits(budget_bytes=draw(budgets), ram_bytes=draw(bounds))
+
+
 @st.composite
 def several_problems(draw: st.DrawFn) -> list[Problem]:
     """One to three ways of placing the same pipeline."""
     names = ("mixed", "model_offload", "sequential")[: draw(st.integers(1, 3))]
     return [draw(problems(name)) for name in names]
-
-
-bounds = st.one_of(st.none(), st.integers(0, 4000), st.integers(0, 40))
-limits = st.builds(Limits, budget_bytes=bounds, ram_bytes=bounds, pinnable_bytes=bounds)
 
 
 def all_selections(problem: Problem) -> list[Selection]:
@@ -72,9 +86,15 @@ def all_selections(problem: Problem) -> list[Selection]:
     ]
 
 
-def keeps(selection: Selection, bounds: Limits) -> bool:
+def keeps(selection: Selection, problem: Problem, bounds: Limits) -> bool:
+    budgets = bounds.budget_bytes
+    own = budgets if isinstance(budgets, dict) else dict.fromkeys(problem.devices, budgets)
+    per_gpu = [
+        (held, own.get(device))
+        for held, device in zip(selection.phase_bytes, problem.devices, strict=False)
+    ]
     pairs = (
-        (selection.peak_bytes, bounds.budget_bytes),
+        *(per_gpu or [(selection.peak_bytes, budgets)]),
         (selection.host_bytes, bounds.ram_bytes),
         (selection.pinned_bytes, bounds.pinnable_bytes),
     )
@@ -97,7 +117,7 @@ def rules(selection: Selection) -> tuple:
 
 
 def brute_force(asked: Sequence[Problem], bounds: Limits) -> Selection | None:
-    fitting = [s for problem in asked for s in all_selections(problem) if keeps(s, bounds)]
+    fitting = [s for problem in asked for s in all_selections(problem) if keeps(s, problem, bounds)]
     if not fitting:
         return None
     within_ns = min(time_ns(s) for s in fitting) * 102 // 100
@@ -147,6 +167,12 @@ def _every_way(request: pytest.FixtureRequest):
 
 @pytest.mark.usefixtures("_every_way")
 class TestAgainstBruteForce:
+    @settings(max_examples=40, deadline=None)
+    @given(on_several_gpus())
+    def test_each_gpu_keeps_its_own_budget_as_in_brute_force(self, asked) -> None:
+        found, bounds = asked
+        assert search(found, bounds) == brute_force(found, bounds)
+
     @settings(max_examples=40, deadline=None)
     @given(asked=several_problems(), bounds=limits)
     def test_the_selection_is_the_one_that_brute_force_finds(self, asked, bounds) -> None:

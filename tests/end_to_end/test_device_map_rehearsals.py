@@ -1,0 +1,50 @@
+"""Predictions for two GPUs against the real hooks on two virtual ones, phase by phase on each."""
+
+from __future__ import annotations
+
+import pytest
+from tests.small_pipelines import small_call
+from tests.strategies.test_device_map import CARDS, CASES, untouched
+
+from pipefit.cost_models.memory import MemoryModel, simulate
+from pipefit.cost_models.placement import Resident
+from pipefit.cost_models.prediction import Choice
+from pipefit.planner.rehearse import rehearse
+from pipefit.planner.trace import trace
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.strategy import Option
+
+SAME = 0.005
+"""Share by which the allocated peak of a phase may be off, as for one GPU."""
+
+
+def choice_of(options: list[Option], component: str) -> Choice:
+    placement, device = Resident(), None
+    for option in (option for option in options if option.component == component):
+        placement = strategy(option.strategy).placement(option.parameters) or placement
+        device = option.parameters.get("device", device)
+    return Choice(placement=placement, device=device)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_gpu_allocates_what_the_replay_says(case: str) -> None:
+    name, options = CASES[case]
+    pipe, _ = untouched(name)
+    workload = trace(pipe, small_call(name), name=name, traits=traits_of)
+    chosen = options(pipe)
+    choices = {c.name: choice_of(chosen, c.name) for c in workload.components}
+    rehearsal = rehearse(pipe, chosen, small_call(name), CARDS)
+    held = {(p.component, p.entry, p.device): p for p in rehearsal.phases}
+    for gpu in CARDS:
+        peaks = simulate(workload, choices, gpu, main=0)
+        model = MemoryModel(workload, gpu)
+        sums = [model.phase_bytes_on(c, choices[c.name], gpu.index, 0) for c in workload.components]
+        base = model.carried_bytes if gpu.index == 0 else (model.cublas_bytes,) * len(peaks)
+        for phase, peak, *added in zip(workload.phases, peaks, base, *sums, strict=True):
+            rehearsed = held[phase.component, phase.entry, gpu.index]
+            found_bytes = rehearsed.allocated_bytes
+            assert peak.allocated_bytes == pytest.approx(found_bytes, rel=SAME)
+            assert peak.reserved_bytes == pytest.approx(rehearsed.reserved_bytes, rel=0.06)
+            # The sums that the search adds up have both workspaces in every phase.
+            assert sum(added) >= found_bytes * (1 - SAME)
+            assert sum(added) <= found_bytes * (1 + SAME) + model.cublas_bytes

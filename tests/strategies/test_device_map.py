@@ -1,0 +1,223 @@
+"""Components on other GPUs and split over several: the same picture, the right places, undone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.end_to_end.small_runs import untouched
+from tests.small_pipelines import picture, small_call
+
+from pipefit.cost_models.devices import blocks_of_split, place_of, places_of, split_bytes
+from pipefit.cost_models.placement import Split
+from pipefit.cost_models.workload import Component
+from pipefit.errors import InvalidRequest
+from pipefit.planner.apply import apply_options
+from pipefit.planner.catalog import find_gpu
+from pipefit.planner.rehearse import on_stage
+from pipefit.planner.snapshot import differences, snapshot
+from pipefit.planner.trace import run_call
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.describe import describe_component
+from pipefit.strategies.device_map import MODES, stock_map
+from pipefit.strategies.live import module_components
+from pipefit.strategies.strategy import Option
+
+CARD = find_gpu("rtx-4060")
+CARDS = [CARD, replace(CARD, index=1)]
+
+STREAMED = {"resident_blocks": 0, "when_idle": "leave", "max_block_bytes": 1 << 15}
+"""Small enough for the blocks of a small pipeline to be cut."""
+
+
+def described(pipe: Any, name: str) -> Component:
+    module = getattr(pipe, name)
+    return describe_component(name, module, traits_of(module))
+
+
+def own_attributes(pipe: Any) -> list[set[str]]:
+    """What is set on each module of the pipeline itself, methods in place of the class's too."""
+    return [set(vars(m)) for one in module_components(pipe).values() for m in one.modules()]
+
+
+def away(*names: str, how: str = "resident", **parameters: Any) -> Any:
+    """Every component resident on GPU 0, but *names*, which are on GPU 1."""
+
+    def options(pipe: Any) -> list[Option]:
+        found = [
+            Option(strategy="device_map", component=n, parameters={"device": 1}) for n in names
+        ]
+        for name in module_components(pipe):
+            is_away = name in names
+            found.append(
+                Option(
+                    strategy=how if is_away else "resident",
+                    component=name,
+                    parameters=parameters if is_away else {},
+                )
+            )
+        return found
+
+    return options
+
+
+def split(name: str) -> Any:
+    """*name* in halves, the rest of the pipeline resident on GPU 0."""
+
+    def options(pipe: Any) -> list[Option]:
+        count = len(blocks_of_split(described(pipe, name)))
+        halves = f"0:{count // 2}+1:{count - count // 2}"
+        found = [Option(strategy="device_map", component=name, parameters={"split": halves})]
+        return found + [
+            Option(strategy="resident", component=other)
+            for other in module_components(pipe)
+            if other != name
+        ]
+
+    return options
+
+
+def mapped(name: str) -> Any:
+    """*name* as accelerate balances it over two GPUs, the rest of the pipeline on GPU 0."""
+
+    def options(pipe: Any) -> list[Option]:
+        places = stock_map(described(pipe, name), "balanced", {0: 1 << 30, 1: 1 << 30})
+        rest = [o for o in away()(pipe) if o.component != name]
+        return [Option(strategy="device_map", component=name, parameters={"map": places}), *rest]
+
+    return options
+
+
+CASES = {
+    "the first component": ("stable_diffusion_xl", away("vae")),
+    "an autoencoder that encodes, too": ("stable_diffusion_xl_img2img", away("vae")),
+    "text encoders": ("stable_diffusion_3", away("text_encoder", "text_encoder_3")),
+    "the denoiser": ("stable_diffusion_xl", away("unet")),
+    "one that takes turns": ("stable_diffusion_xl_controlnet", away("controlnet")),
+    "streamed on another": ("flux", away("text_encoder_2", how="streaming", **STREAMED)),
+    "a split transformer": ("flux", split("transformer")),
+    "a split text encoder": ("flux", split("text_encoder_2")),
+    "a transformer as accelerate maps it": ("pixart_sigma", mapped("transformer")),
+    "a language model": ("sana", away("text_encoder")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_picture_stays_and_undoing_leaves_no_trace(case: str) -> None:
+    name, options = CASES[case]
+    pipe, expected = untouched(name)
+    before, attributes = snapshot(pipe, with_values=True), own_attributes(pipe)
+    with apply_options(pipe, options(pipe), "cpu"):
+        assert torch.equal(picture(pipe, name), expected)
+        assert own_attributes(pipe) != attributes
+    assert differences(before, snapshot(pipe, with_values=True)) == ()
+    assert own_attributes(pipe) == attributes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_gpus_hold_what_was_put_there(case: str) -> None:
+    name, options = CASES[case]
+    pipe, _ = untouched(name)
+    with on_stage(pipe, CARDS) as stage:
+        before = snapshot(stage.pipe)
+        chosen = options(pipe)
+        with apply_options(stage.pipe, chosen, "cuda:0"):
+            assert stage.pipe._execution_device == torch.device("cuda:0")
+            for option in chosen:
+                if "device" in option.parameters:
+                    there = {t.device for t in getattr(stage.pipe, option.component).parameters()}
+                    assert there <= {torch.device("cuda:1"), torch.device("cpu")}
+            with stage.counting():
+                run_call(stage.pipe, small_call(name))
+            rows = stage.rehearsal({}).phases
+        assert differences(before, snapshot(stage.pipe)) == ()
+    used = {row.device for row in rows if row.allocated_bytes}
+    assert used == {0, 1}
+    assert sum(row.copies.to_other_gpus_bytes for row in rows) > 0
+
+
+def test_the_main_gpu_need_not_be_the_first() -> None:
+    pipe, _ = untouched("flux")
+    options = [
+        *(Option(strategy="resident", component=name) for name in module_components(pipe)),
+        Option(strategy="device_map", component="text_encoder_2", parameters={"device": 0}),
+    ]
+    with on_stage(pipe, CARDS) as stage, apply_options(stage.pipe, options, "cuda:1"):
+        assert stage.pipe._execution_device == torch.device("cuda:1")
+        assert stage.pipe.vae.device == torch.device("cuda:1")
+        assert stage.pipe.text_encoder_2.device == torch.device("cuda:0")
+        with stage.counting():
+            run_call(stage.pipe, small_call("flux"))
+
+
+def test_every_tensor_of_a_split_lies_on_one_gpu() -> None:
+    component = described(untouched("flux")[0], "transformer")
+    blocks = blocks_of_split(component)
+    halves = Split(blocks=((1, 1), (0, len(blocks) - 1)))
+    places = places_of(component, halves)
+    above = [[p for p in places if f"{t.path}.".startswith(f"{p}.")] for t in component.tensors]
+    assert all(len(found) == 1 for found in above)
+    assert [place_of(places, path) for path in blocks] == [1, *[0] * (len(blocks) - 1)]
+    assert place_of(places, "x_embedder") == 1
+    sizes = [sum(split_bytes(component, halves, device)) for device in (0, 1)]
+    assert sum(sizes) == component.weight_bytes
+    assert min(sizes) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "component"), [("flux", "transformer"), ("sana", "text_encoder")])
+def test_accelerate_maps_names_and_sizes_as_it_maps_the_model(
+    name: str, component: str, mode: str
+) -> None:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    pipe, _ = untouched(name)
+    module, found = getattr(pipe, component), described(pipe, component)
+    third = found.weight_bytes // 3
+    room: dict[int | str, int] = {0: third, 1: third, 2: third, "cpu": 1 << 40}
+    whole = module._no_split_modules
+    if mode != "sequential":
+        room = get_balanced_memory(
+            module, room, no_split_module_classes=whole, low_zero=mode == "balanced_low_0"
+        )
+    expected = infer_auto_device_map(module, room, no_split_module_classes=whole)
+    assert stock_map(found, mode, dict.fromkeys(range(3), third)) == dict(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "parameters", "words"),
+    [
+        ("flux", "vae", {}, "one of device=1"),
+        ("flux", "vae", {"mode": "balanced"}, "can only be predicted"),
+        ("flux", "vae", {"map": {"encoder": 0, "decoder": 0}}, "names a single GPU"),
+        ("flux", "vae", {"map": {"encoder": 0, "quant_conv": 1}}, "names decoder"),
+        ("flux", "vae", {"map": {"encoder": "cpu"}}, "index of a GPU"),
+        ("flux", "vae", {"device": -1}, "index of a GPU"),
+        ("flux", "transformer", {"split": "0:1"}, "numbers of blocks by GPU"),
+        ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice"),
+        ("flux", "transformer", {"split": "0:1+1:99"}, "places 100"),
+        ("flux", "vae", {"split": "0:1+1:1"}, "no row of blocks"),
+        ("stable_diffusion_xl", "unet", {"split": "0:1+1:1"}, "no row of blocks"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    name: str, component: str, parameters: dict[str, Any], words: str
+) -> None:
+    refusal = strategy("device_map").refusal(described(untouched(name)[0], component), parameters)
+    assert words in str(refusal)
+
+
+def test_nothing_else_places_what_is_split_and_no_groups_are_elsewhere() -> None:
+    pipe, _ = untouched("flux")
+    twice = [*split("transformer")(pipe), Option(strategy="resident", component="transformer")]
+    with pytest.raises(InvalidRequest, match="both place the weights of transformer"):
+        apply_options(pipe, twice, "cpu")
+    turns = [Option(strategy="model_offload"), away("vae")(pipe)[0]]
+    with pytest.raises(InvalidRequest, match="that brings all components to one GPU"):
+        apply_options(pipe, turns, "cpu")
+    groups = away("vae", how="group_offload", offload_type="leaf_level")(pipe)
+    with pytest.raises(InvalidRequest, match="device_map cannot be used with group_offload"):
+        apply_options(pipe, groups, "cpu")
