@@ -40,7 +40,7 @@ from pipefit.planner.options import (
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
 from pipefit.planner.workloads import Observed
-from pipefit.strategies import strategy
+from pipefit.strategies import conflict_of, strategy
 from pipefit.strategies.device_map import MODES, stock_map
 from pipefit.strategies.live import balanced_components
 from pipefit.strategies.strategy import Option
@@ -708,7 +708,8 @@ def _coarse(offered: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, P
 
     def is_wanted(option: Option) -> bool:
         if len(offered) == 1 or option.strategy != "streaming":
-            return option.strategy != "group_offload"
+            where = at_device(str(option.component), 0)
+            return conflict_of([where, option]) is None
         given = option.parameters
         is_plain = given.get("when_idle") == "leave" and not {"load_with", "host_memory"} & {*given}
         return is_plain and level(option) in levels

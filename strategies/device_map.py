@@ -87,6 +87,8 @@ class DeviceMap:
             return "a pipeline computes where its first group-offloaded component does."
         if other.strategy in ("model_offload", "sequential_offload"):
             return "that brings all components to one GPU."
+        if other.strategy == "text_encoder_on_cpu":
+            return "the component computes on the CPU then."
         return None
 
     def placement(self, parameters: Mapping[str, Any]) -> placement.Split | None:
