@@ -136,7 +136,7 @@ def test_a_cast_that_the_call_does_not_survive_is_not_offered(monkeypatch: Any) 
     policy = Policy(budget_bytes={0: turing.total_bytes}, quality=Quality.HIGH)
     call = small_call("stable_diffusion")
     seen = observe(stable_diffusion(), call, gpu=turing, policy=policy)
-    assert [one.load_options for one in seen] == [()]
+    assert not any(o.strategy == "precision" for one in seen for o in one.load_options)
 
 
 RTX_4060 = reference_machine(["rtx-4060"]).gpus[0]
