@@ -18,6 +18,7 @@ import torch
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
+from pipefit.errors import PipefitError
 from pipefit.planner.build import build_pipeline, quietly
 from pipefit.planner.catalog import find_gpu, pipeline_entry, pipeline_names
 from pipefit.planner.snapshot import snapshot
@@ -134,7 +135,11 @@ def outcome(pipe: Any, component: Component, one: Strategy) -> str:
     refusals = [one.refusal(component, parameters) for parameters in tried]
     for parameters, refusal in zip(tried, refusals, strict=True):
         if refusal is None:
-            return APPLIES if has_effect(pipe, component.name, one, parameters) else NO_EFFECT
+            try:
+                changes = has_effect(pipe, component.name, one, parameters)
+            except PipefitError as error:  # what the component cannot tell: its pipeline
+                return impersonal(str(error), type(pipe).__name__)
+            return APPLIES if changes else NO_EFFECT
     reasons = [reason for reason in refusals if reason is not None]
     if any(MACHINE_S_OWN in reason for reason in reasons):
         return APPLIES
