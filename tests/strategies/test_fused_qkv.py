@@ -159,7 +159,7 @@ def test_it_is_offered_where_the_host_is_waited_for_and_predicted_to_win() -> No
     def call_s(one: Any) -> float:
         pricing = Pricing(one.workload, ADA, load_options=one.load_options)
         choice = Choice(placement=Resident())
-        return pricing._phase_seconds(phase, choice, "native", with_range=False)[0]
+        return pricing.phase_seconds(phase, choice, "native", with_range=False)[0]
 
     before, after = (one.workload.component("unet") for one in (plain, joined))
     saved = before.traits["launches_saved_by_fused_qkv"]

@@ -135,7 +135,7 @@ def test_its_time_is_that_of_the_host_s_cores() -> None:
         pricing = Pricing(seen, gpu, num_cores=num_cores)
         pick = pricing.exactly(BOTH)[component.name]
         assert pick is not None
-        seconds[num_cores] = pricing._phase_seconds(phase, pick.choice, "native")[0]
+        seconds[num_cores] = pricing.phase_seconds(phase, pick.choice, "native")[0]
     (ordinal,) = phase.calls
     flops = _flops(seen, [e for e in seen.root if e[0] == "c"][ordinal][1])
     saved_s = seconds[1] - seconds[8]
