@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.small_pipelines import SMALL_PIPELINES, picture, small_call
+from tests.small_pipelines import FURTHER_PIPELINES, SMALL_PIPELINES, picture, small_call
 
 from benchmarks.strategy_catalogue import ON_THE_CPU, TO_EXERCISE, components_of, impersonal
 from pipefit.cost_models.workload import Component, Workload
@@ -43,6 +43,9 @@ SMALL: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 }
 """More parameters to exercise, of the size of the small pipelines: 32 px is half a picture's side,
 16 KiB one of several blocks."""
+
+PIPELINES = {**SMALL_PIPELINES, **FURTHER_PIPELINES}
+"""What everything is tried on."""
 
 STEPS = 4
 """Denoising steps of a call: enough for what one step leaves to the next to matter."""
@@ -82,7 +85,7 @@ def subject(name: str) -> Subject:
         1
     )  # faster than several for tensors of this size, and the same everywhere
     with quietly():
-        pipe = SMALL_PIPELINES[name]()
+        pipe = PIPELINES[name]()
         pipe.set_progress_bar_config(disable=True)
         changed = {"num_inference_steps": STEPS}
         if "num_images_per_prompt" in inspect.signature(pipe.__call__).parameters:
@@ -250,7 +253,7 @@ def pairs() -> tuple[Pair, ...]:
     return tuple(pair(first, second) for first, second in itertools.combinations(names, 2))
 
 
-def pair(first: str, second: str, names: Iterable[str] = tuple(SMALL_PIPELINES)) -> Pair:
+def pair(first: str, second: str, names: Iterable[str] = tuple(PIPELINES)) -> Pair:
     """Look for one component that takes both, then for one each, in the pipelines *names*."""
     excluded, refused = "", None
     for name in names:

@@ -17,10 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from tests.small_pipelines import SMALL_PIPELINES
-
 from benchmarks.strategy_catalogue import APPLIES, NO_EFFECT, Asked, ask_catalogue
 from benchmarks.strategy_pictures import (
+    PIPELINES,
     STEPS,
     Measured,
     Pair,
@@ -111,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def measured() -> list[Measured]:
     """Measure every strategy on every small pipeline."""
-    return [row for one in BUILT_IN for name in SMALL_PIPELINES for row in measure(one.name, name)]
+    return [row for one in BUILT_IN for name in PIPELINES for row in measure(one.name, name)]
 
 
 def document(asked: Sequence[Asked], paired: Sequence[Pair], rows: Sequence[Measured]) -> str:
@@ -262,7 +261,7 @@ def pictures(rows: Sequence[Measured]) -> str:
         for one in BUILT_IN
         if one.name not in seen
     ]
-    head = PICTURES.format(pipelines=", ".join(SMALL_PIPELINES), steps=STEPS, margin=MARGIN_DB)
+    head = PICTURES.format(pipelines=", ".join(PIPELINES), steps=STEPS, margin=MARGIN_DB)
     versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "diffusers", "transformers"))
     foot = f"Measured with {versions} on {platform.machine()}."
     return "\n\n".join(filter(None, [head, "\n".join(lines), "\n".join(notes), foot]))
@@ -285,7 +284,7 @@ def why_not(name: str) -> str:
     reason = unmeasured(name)
     if reason:
         return f"{reason}."
-    for pipeline in SMALL_PIPELINES:
+    for pipeline in PIPELINES:
         about = subject(pipeline)
         for component in about.components.values():
             if not forms(name, component, about.workload):

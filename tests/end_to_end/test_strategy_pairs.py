@@ -18,6 +18,7 @@ import torch
 from benchmarks.strategy_catalogue import ON_THE_CPU
 from benchmarks.strategy_pictures import (
     BOTH_PLACE,
+    PIPELINES,
     Pair,
     Subject,
     apart,
@@ -28,7 +29,7 @@ from benchmarks.strategy_pictures import (
     unmeasured,
 )
 from benchmarks.strategy_tables import DOCUMENT, MARGIN_DB
-from tests.small_pipelines import SMALL_PIPELINES, small_call
+from tests.small_pipelines import small_call
 
 from pipefit import predict
 from pipefit.errors import ApplyFailed, InvalidRequest
@@ -85,7 +86,7 @@ def test_every_strategy_has_a_row_or_a_reason_for_having_none() -> None:
     ("name", "pipeline"),
     [
         pytest.param(name, pipeline, marks=marks(pipeline in QUICK_PIPELINES))
-        for pipeline in SMALL_PIPELINES
+        for pipeline in PIPELINES
         for name in NAMES
     ],
 )
@@ -124,7 +125,7 @@ ROUNDING_DB = 100.0
 )
 def test_a_pair_goes_together_or_says_why_not(first: str, second: str) -> None:
     is_quick = (first, second) in QUICK_PAIRS
-    found = pair(first, second, ["stable_diffusion"] if is_quick else SMALL_PIPELINES)
+    found = pair(first, second, ["stable_diffusion"] if is_quick else PIPELINES)
     if found.refused is not None:
         _is_refused(found)
     if found.together is None:
