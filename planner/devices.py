@@ -305,7 +305,8 @@ class DevicePricing:
                     component=component.name,
                     parameters={"split": "+".join(f"{i}:{n}" for i, n in split.blocks)},
                 )
-                found.append(self._divided(component, plain, option, split))
+                if conflict_of([*_compute_options(pick), option]) is None:
+                    found.append(self._divided(component, plain, option, split))
         return found
 
     def _divided(
@@ -449,13 +450,16 @@ class DevicePricing:
             (index, phase.component, phase.entry): peak
             for (index, phase), peak in zip(self.columns, peaks, strict=True)
         }
-        total = [self._on[self.main].latency.own_seconds()] * 4
+        main = self._on[self.main]
+        total = [main.latency.own_seconds()] * 4
         phases = []
+        routines: set[int] = set()
         for phase in self.workload.phases:
             pick = picks[phase.component]
             assert pick is not None
             times = self._seconds(phase, pick.choice, pick.attention)
             total = [one + more for one, more in zip(total, times, strict=True)]
+            routines.update(main.routine_counts(phase, pick.choice))
             home = self.main if pick.choice.device is None else pick.choice.device
             for index in sorted(used, key=lambda i: i != home):
                 peak = by_column[index, phase.component, phase.entry]
@@ -465,8 +469,8 @@ class DevicePricing:
             self.workload.components,
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
-            stored_bytes=self._on[self.main].stored_bytes(),
-            activation_bytes=self._on[self.main].host_activation_bytes(picks),
+            stored_bytes=main.stored_bytes(),
+            activation_bytes=main.host_activation_bytes(picks),
         )
         loading_bytes = self.memory.loading_bytes()
         call_s, first_s, low_s, high_s = total
@@ -480,12 +484,18 @@ class DevicePricing:
                 for index in used
             ),
             phases=tuple(phases),
-            latency=Latency(first_call_s=first_s, call_s=call_s, low_s=low_s, high_s=high_s),
+            latency=Latency(
+                first_call_s=first_s + main.latency.trial_seconds(routines),
+                call_s=call_s,
+                low_s=low_s,
+                high_s=high_s,
+            ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
+                *main.notes(picks, first_s - call_s),
                 *loading_notes(loading_bytes),
                 *host_notes(host),
             ),

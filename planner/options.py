@@ -240,6 +240,12 @@ def _sensible(
     ]
 
 
+def _offered(parts: Parts, policy: Policy) -> Parts:
+    """Return *parts* without what the policy requires, for which there is no alternative."""
+    required = {option.strategy for option in policy.required}
+    return {name: parameters for name, parameters in parts.items() if name not in required}
+
+
 def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
     """Return the switches of the process: those asked for, and those that are worth it.
 
@@ -409,7 +415,7 @@ class Pricing:
                 self._candidate(component, option, placement, parts)
                 for parts in self._computed[about]
                 if not parts or variant_key(component.name, parts) in self.workload.variants
-                for option, placement in _sensible(placements, parts)
+                for option, placement in _sensible(placements, _offered(parts, policy))
                 if not conflict_of(
                     [option, *loaded, *(Option(strategy=n, parameters=parts[n]) for n in parts)]
                 )
@@ -537,12 +543,6 @@ class Pricing:
             stored_bytes=self.stored_bytes(),
             activation_bytes=self.host_activation_bytes(picks),
         )
-        compiled = {
-            str(option.component): option.parameters
-            for pick in picks.values()
-            for option in (pick.options if pick else ())
-            if option.strategy == "compile"
-        }
         loading_bytes = self.memory.loading_bytes()
         return Prediction(
             peak_vram=(device_peak(device, peaks, loading_bytes),),
@@ -558,12 +558,22 @@ class Pricing:
             disk_bytes=host.disk_bytes,
             assumptions=(
                 *self.workload.assumptions,
-                *_compiling_notes(compiled, first_s - call_s),
+                *self.notes(picks, first_s - call_s),
                 *loading_notes(loading_bytes),
-                *([TRIALS_NOTE] if self.latency.flags.cudnn_benchmark else ()),
                 *host_notes(host),
             ),
         )
+
+    def notes(self, picks: Mapping[str, Pick | None], first_more_s: float) -> tuple[str, ...]:
+        """Say what the first call does, and what is not counted, under *picks*."""
+        compiled = {
+            str(option.component): option.parameters
+            for pick in picks.values()
+            for option in (pick.options if pick else ())
+            if option.strategy == "compile"
+        }
+        trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
+        return (*_compiling_notes(compiled, first_more_s), *trials)
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""
@@ -578,7 +588,8 @@ class Pricing:
             return 0
         ordinals = (n for p in self.workload.phases if p.component == component for n in p.calls)
         routines = {self._root_calls[ordinal][1] for ordinal in ordinals}
-        return max(self.memory.activation_peak(one).activation_bytes for one in routines)
+        peaks = (self.memory.activation_peak(one).activation_bytes for one in routines)
+        return max(peaks, default=0)
 
     def stored_bytes(self) -> dict[str, int]:
         """Return what lies on disk for the components that are cast to 16 bits after it is read."""

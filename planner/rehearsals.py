@@ -142,6 +142,7 @@ class Rehearser:
             "call": described_call(self.call),
             "rehearsed_options": serial.to_json(options),
             "gpus": described,
+            "used": found.used,
             "links": serial.to_json(self.links),
             "budget_bytes": budget_bytes,
             "slack_bytes": slack_bytes,

@@ -6,11 +6,11 @@ phase, small enough to be solved to the optimum: dominated candidates go first, 
 bound over whole arrays of partial selections at a time, with Lagrangian bounds.
 
 What a reader would get wrong: the winner is *not* the fastest selection. Among everything within
-2 % of the best time, and as fast as the best that diffusers offers on its own, the better quality
-wins, then the lower peak, then fewer strategies, then time. Every rule is one more exact
-minimisation inside the box that the rules before it left, so the result equals brute force and does
-not depend on the order of the input. Seconds are compared as whole nanoseconds: sums of integers
-have no order of summation.
+2 % of the best time the better quality wins; of that quality, as far as it is not slower than the
+best that diffusers offers on its own, the lower peak, then fewer strategies, then time. Every rule
+is one more exact minimisation inside the box that the rules before it left, so the result equals
+brute force and does not depend on the order of the input. Seconds are compared as whole
+nanoseconds: sums of integers have no order of summation.
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ class Rejected:
 def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     """Return the best selection of all *problems* within *limits*; None if there is none.
 
-    Best: among the selections within 2 % of the least time, and not slower than any stock one, the
-    one with the best quality, then the lowest peak, the fewest strategies, the least time; what is
-    still equal is settled by the sums of quality ranks and bytes and by the names, never by the
-    order of the input. Stock is what diffusers does on its own: one of its ways of placing weights
-    wherever that can be had, another of them elsewhere.
+    Best: among the selections within 2 % of the least time the one with the best quality; of those,
+    and not slower than any stock one, that with the lowest peak, then the fewest strategies, the
+    least time; what is still equal is settled by the sums of quality ranks and bytes and by the
+    names, never by the order of the input. Stock is what diffusers does on its own: one of its ways
+    of placing weights wherever that can be had, another of them elsewhere.
 
     >>> slow = Candidate(key="offload", phase_bytes=(1,), call_s=3.0)
     >>> fast = Candidate(key="resident", phase_bytes=(8,), call_s=1.0)
@@ -158,8 +158,9 @@ def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     >>> [search([unet], Limits(budget_bytes=b)).choices["unet"].key for b in (9, 8)]
     ['resident', 'offload']
     """
-    fastest = _fastest(_boxes(problems, limits), _stock_ns(problems, limits))
-    boxes = _best_quality(fastest)
+    boxes = _no_slower_than_stock(
+        _best_quality(_fastest(_boxes(problems, limits))), problems, limits
+    )
     for columns in (
         _Columns.phases,
         _Columns.num_strategies,
@@ -429,16 +430,28 @@ def _not_dominated(rows: Array) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _stock_ns(problems: Sequence[Problem], limits: Limits) -> float:
-    """Return the least time of a stock selection within *limits*; infinite if there is none."""
-    least_ns, _ = _least(_boxes(list(_stock(problems)), limits), _Columns.time)
-    return least_ns
+def _no_slower_than_stock(
+    boxes: Sequence[_Box], problems: Sequence[Problem], limits: Limits
+) -> Sequence[_Box]:
+    """Return the boxes capped to the best time of a stock selection of their quality."""
+    if not boxes:
+        return boxes
+    rank = max(float(r[:, _Columns.quality].max()) for box in boxes for r in box.rows)
+    stock_ns, _ = _least(_boxes(list(_stock(problems, rank)), limits), _Columns.time)
+    capped = [box.capped(_Columns.time, stock_ns).reduced() for box in boxes]
+    return [b for b in capped if _minimise(b, _Columns.time, enough=math.inf)[0] is not None]
 
 
-def _stock(problems: Sequence[Problem]) -> Iterator[Problem]:
-    """Yield *problems* with only what diffusers offers on its own, once for each of its ways."""
+def _stock(problems: Sequence[Problem], rank: float) -> Iterator[Problem]:
+    """Yield *problems* with only what diffusers offers on its own, once for each of its ways.
+
+    Candidates of a worse quality than *rank* are left out.
+    """
     for problem in problems:
-        groups = problem.components
+        groups = {
+            name: [c for c in group if c.quality_rank <= rank]
+            for name, group in problem.components.items()
+        }
         for way in sorted({c.stock for group in groups.values() for c in group if c.stock}):
             yield replace(problem, components={n: _in_way(c, way) for n, c in groups.items()})
 
@@ -449,9 +462,9 @@ def _in_way(candidates: Sequence[Candidate], way: str) -> Sequence[Candidate]:
     return [c for c in stock if c.stock == way] or stock or candidates
 
 
-def _fastest(boxes: Sequence[_Box], stock_ns: float) -> list[_Box]:
+def _fastest(boxes: Sequence[_Box]) -> list[_Box]:
     """Return the boxes capped to what counts as the best time, without those that are slower."""
-    within_ns = stock_ns
+    within_ns = math.inf
     found: list[tuple[float, _Box]] = []
     for box in boxes:
         best_ns, box = _minimise(box.capped(_Columns.time, within_ns), _Columns.time)

@@ -62,7 +62,9 @@ SOURCES = {
         "signatures.py", "standins.py", "trace.py", "virtual*.py", "workloads.py",
     ),
     "pipefit.strategies": ("*.py",),
-    "pipefit.cost_models": ("storage.py", "workload*.py"),
+    "pipefit.cost_models": (
+        "fusion.py", "storage.py", "timeline.py", "workload*.py", "workspace.py",
+    ),
 }  # fmt: skip
 """Our own files that decide what is in a trace or how it is written; catalogue entries are the
 caller's to name."""

@@ -29,6 +29,7 @@ from pipefit.planner.options import Parts, compute_variants, computing
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
+from pipefit.strategies.fused_qkv import FUSED_LAYERS
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES
 from pipefit.strategies.strategy import Imitated, Option
 
@@ -103,8 +104,11 @@ def observe(
             conflict_of([o for o in options if o.component == c.name]) for c in plain.components
         ):
             continue
-        workload = traced(options)
-        if _meets(workload, options, policy):
+        try:
+            workload = traced(options)
+        except (InvalidRequest, TraceError):
+            continue  # only offered: what is asked for may not go with it, or the call
+        if _meets(plain, workload, options, policy):
             found.append(_observed(workload, options, plain, policy))
     notes = _unoffered(plain, gpu, policy) if not source.is_ours else ()
     return [
@@ -147,8 +151,11 @@ def _stored_reason(option: Option, before: Component, after: Component, policy: 
     """Say what *option* makes of a component's weight, and what it needs; empty for a cast."""
     one = strategy(option.strategy)
     if one.name == "fused_qkv":
-        more = format_bytes(after.weight_bytes - before.weight_bytes)
+        joined = (t for t in after.tensors if not set(FUSED_LAYERS).isdisjoint(t.path.split(".")))
+        more = format_bytes(sum(tensor.num_bytes for tensor in joined))
         return f"Queries, keys and values in one launch, with {more} of joined weights."
+    if one.name == "step_cache":
+        return "Asked for: some steps are extrapolated from those before."
     if not isinstance(one, Imitated):
         return ""
     is_asked = any(option.strategy == asked.strategy for asked in policy.required)
@@ -253,19 +260,20 @@ def _storages(
     return found
 
 
-def _meets(workload: Workload, options: Sequence[Option], policy: Policy) -> bool:
-    """Whether what the policy requires can be had of weights stored by *options*."""
+def _meets(plain: Workload, workload: Workload, options: Sequence[Option], policy: Policy) -> bool:
+    """Whether what the policy requires goes wherever it did, with weights stored by *options*."""
     for asked in policy.required:
         one = strategy(asked.strategy)
-        reasons = [
-            one.refusal(component, asked.parameters)
-            or conflict_of([*(o for o in options if o.component == component.name), asked])
-            for component in workload.components
-            if asked.component in (None, component.name)
-        ]
-        is_everywhere = asked.component is not None or one.kind == "pipeline_placement"
-        if one.kind != "load" and (any(reasons) if is_everywhere else all(reasons)):
-            return False
+        for component in workload.components if one.kind != "load" else ():
+            own = [o for o in options if o.component == component.name]
+            if asked.component not in (None, component.name) or (
+                asked.component is None
+                and one.kind != "pipeline_placement"
+                and one.refusal(plain.component(component.name), asked.parameters)
+            ):
+                continue
+            if one.refusal(component, asked.parameters) or conflict_of([*own, asked]):
+                return False
     return True
 
 

@@ -102,7 +102,8 @@ class Compile:
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
         """Whatever has hooks within what is compiled."""
         scope = parameters.get("scope", SCOPES[1])
-        if other.strategy in ("streaming", "sequential_offload", "layerwise_casting"):
+        is_split = other.strategy == "device_map" and "device" not in other.parameters
+        if is_split or other.strategy in ("streaming", "sequential_offload", "layerwise_casting"):
             return "its hooks within a compiled module would break the graph at each of them."
         if other.strategy != "group_offload":
             return None

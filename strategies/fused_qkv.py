@@ -202,6 +202,8 @@ def _num_saved(part: Any) -> int:
     Where queries and keys are normalised afterwards it is none: slices of a joined product are
     copied first, one launch each.
     """
+    if getattr(part, "fused_projections", False):
+        return 0  # somebody has joined them before
     return sum(len(layers) - 1 for layers in _joins(part).values())
 
 

@@ -69,7 +69,8 @@ class JitTrace:
 
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
         """Whatever hooks onto modules within, weights that are no plain tensors, a second one."""
-        if other.strategy in HOOKED:
+        is_split = other.strategy == "device_map" and "device" not in other.parameters
+        if is_split or other.strategy in HOOKED:
             return "a script does not run the hooks of modules within it."
         if other.strategy == "quantization":
             return "a script needs plain weights."

@@ -328,9 +328,9 @@ def attention_backends() -> dict[str, dict[str, Any]]:
     makes only under ``DIFFUSERS_ATTN_CHECKS``; None for all sizes. ``capability``: the least that
     they ask of the GPU, or None.
     """
+    registry = attention_registry()  # first: says it where this diffusers keeps them elsewhere
     from diffusers.models.attention_dispatch import _check_attention_backend_requirements
 
-    registry = attention_registry()
     found = {}
     for backend, function in registry._backends.items():
         missing = ""

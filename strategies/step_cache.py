@@ -60,7 +60,6 @@ class StepCache:
     name: str = "step_cache"
     kind: Kind = "load"
     quality: Quality = Quality.LOW
-    goes_on_loaded: bool = True
 
     def traits(self, module: Any) -> dict[str, Any]:
         """How many modules TaylorSeer would hook, in either mode."""
@@ -135,14 +134,6 @@ class StepCache:
                     undo.callback(attribute_restorer(part, ("set_timesteps",)))
                     part.set_timesteps = _resetting(part, module)
             return undo.pop_all().close
-
-    def imitate(self, pipe: Any, component: str, parameters: Mapping[str, Any]) -> None:
-        """Enable it on the weightless twin: its calls are traced in the order that they have."""
-        self.apply(pipe, component, parameters, None)
-
-    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
-        """Nothing is left out: tensors that are kept between steps count as carried."""
-        return ""
 
 
 def _resetting(scheduler: Any, module: Any) -> Callable[..., Any]:

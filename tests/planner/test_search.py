@@ -121,18 +121,24 @@ def brute_force(asked: Sequence[Problem], bounds: Limits) -> Selection | None:
     if not fitting:
         return None
     within_ns = min(time_ns(s) for s in fitting) * 102 // 100
-    stock_ns = (time_ns(s) for s in fitting if is_stock(s, asked))
+    rank = min(s.quality_rank for s in fitting if time_ns(s) <= within_ns)
+    good = [s for s in fitting if s.quality_rank <= rank]
+    stock_ns = (time_ns(s) for s in good if is_stock(s, asked, rank))
     within_ns = min([within_ns, *stock_ns])
-    return min((s for s in fitting if time_ns(s) <= within_ns), key=rules)
+    return min((s for s in good if time_ns(s) <= within_ns), key=rules)
 
 
 def time_ns(selection: Selection) -> int:
     return round(selection.call_s * 1e9)
 
 
-def is_stock(selection: Selection, asked: Sequence[Problem]) -> bool:
+def is_stock(selection: Selection, asked: Sequence[Problem], rank: int) -> bool:
     """Whether one way of diffusers is chosen wherever it is offered, and elsewhere another."""
-    groups = next(p.components for p in asked if p.name == selection.problem)
+    problem = next(p for p in asked if p.name == selection.problem)
+    groups = {
+        name: [c for c in group if c.quality_rank <= rank]
+        for name, group in problem.components.items()
+    }
 
     def is_in(way: str, name: str) -> bool:
         offered = {c.stock for c in groups[name]} - {""}

@@ -201,8 +201,8 @@ def test_a_storage_that_a_requirement_cannot_be_had_with_is_left_out(flux_worklo
             for c in flux_workload.components
         ),
     )
-    assert _meets(flux_workload, (), wide)
-    assert not _meets(quantised, (), wide)
+    assert _meets(flux_workload, flux_workload, (), wide)
+    assert not _meets(flux_workload, quantised, (), wide)
 
 
 def test_every_way_to_store_weights_is_one_workload() -> None:
