@@ -82,10 +82,23 @@ def test_every_strategy_has_a_row_or_a_reason_for_having_none() -> None:
     assert not labels & said
 
 
+NOT_EARNED = {
+    ("decode_chunks", "ltx"): "nine frames: each lies at the edge of a part, and random weights "
+    "look far; the picture is no nearer than one of another seed (15.4 dB, 15.6 dB)"
+}
+"""Where a label is not earned on a small pipeline -> what is known of it."""
+
+
+def labelled(name: str, pipeline: str) -> tuple[pytest.MarkDecorator, ...]:
+    reason = NOT_EARNED.get((name, pipeline))
+    own = () if reason is None else (pytest.mark.xfail(strict=True, reason=reason),)
+    return (*marks(pipeline in QUICK_PIPELINES), *own)
+
+
 @pytest.mark.parametrize(
     ("name", "pipeline"),
     [
-        pytest.param(name, pipeline, marks=marks(pipeline in QUICK_PIPELINES))
+        pytest.param(name, pipeline, marks=labelled(name, pipeline))
         for pipeline in PIPELINES
         for name in NAMES
     ],
@@ -166,8 +179,11 @@ def _ask(pipe: Any, name: str, options: Sequence[Option], *, is_loaded: bool) ->
 def _is_rehearsed(name: str, options: Sequence[Option]) -> None:
     """What is for a pipeline yet to be loaded is refused by a loaded one and rehearsed."""
     pipe = subject(name).pipe
-    predicted = predict(pipe, options, call=small_call(name), machine=MACHINE)
-    assert rehearse(pipe, predicted.options, small_call(name), ON_THE_CPU)
+    is_on_two = any(option.strategy == "device_map" for option in options)
+    machine = reference_machine(["rtx-4090", "rtx-4090"]) if is_on_two else MACHINE
+    predicted = predict(pipe, options, call=small_call(name), machine=machine)
+    gpus = machine.gpus if is_on_two else (ON_THE_CPU,)
+    assert rehearse(pipe, predicted.options, small_call(name), gpus)
     with pytest.raises(ApplyFailed, match="everything was undone"):
         apply_options(pipe, options, "cpu")
 
