@@ -90,11 +90,6 @@ class Configuration:
             over.append(loading_bytes + self.peaks[0].context_bytes - budget[main])
         return int(max(over))
 
-    @property
-    def slack_bytes(self) -> int:
-        """The slack that a plan of it states on the first GPU, for the whole call."""
-        return self.slack_on(self.pricing.columns[0][0])
-
     def slack_on(self, device: int) -> int:
         """Return the slack that a plan of it states on *device*, for the whole call."""
         peaks = [

@@ -23,7 +23,7 @@ from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest
 from pipefit.strategies.live import COMPILE_MODE, COMPILED, attribute_restorer, repeated_blocks
 from pipefit.strategies.parameters import not_a_flag, unknown_parameter
-from pipefit.strategies.strategy import Kind, Option, Quality, Undo
+from pipefit.strategies.strategy import Kind, Option, Quality, Undo, hooks_within
 
 SCOPES = ("repeated_blocks", "component")
 
@@ -102,11 +102,10 @@ class Compile:
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
         """Whatever has hooks within what is compiled."""
         scope = parameters.get("scope", SCOPES[1])
-        is_split = other.strategy == "device_map" and "device" not in other.parameters
-        if is_split or other.strategy in ("streaming", "sequential_offload", "layerwise_casting"):
-            return "its hooks within a compiled module would break the graph at each of them."
-        if other.strategy != "group_offload":
+        if not hooks_within(other):
             return None
+        if other.strategy != "group_offload":
+            return "its hooks within a compiled module would break the graph at each of them."
         if other.parameters.get("offload_type") == "leaf_level" or scope == SCOPES[1]:
             return (
                 "hooks within a compiled module break the graph at each of them: use "

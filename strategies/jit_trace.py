@@ -23,7 +23,7 @@ from pipefit.errors import InvalidRequest
 from pipefit.strategies.compile import FIRST_TRITON_CAPABILITY, LEAST_CALLS
 from pipefit.strategies.live import attribute_restorer
 from pipefit.strategies.parameters import unknown_parameter
-from pipefit.strategies.strategy import Kind, Option, Quality, Undo
+from pipefit.strategies.strategy import Kind, Option, Quality, Undo, hooks_within
 
 MAX_SCRIPTS = 4
 """Shapes for which a component is traced; our choice, as many as anybody alternates between."""
@@ -32,9 +32,6 @@ MOST_DIFFERENCE = 0.02
 """By what share of its largest value a script's result may differ from the module's; our choice,
 above what fusing in 16 bits rounds. What a module writes by way of ``.data`` is lost on the tracer:
 CogVideoX's position table stays zero, and its video is another one."""
-
-HOOKED = ("streaming", "sequential_offload", "group_offload", "layerwise_casting")
-"""Strategies that hook onto modules within a component."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +66,7 @@ class JitTrace:
 
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
         """Whatever hooks onto modules within, weights that are no plain tensors, a second one."""
-        is_split = other.strategy == "device_map" and "device" not in other.parameters
-        if is_split or other.strategy in HOOKED:
+        if hooks_within(other):
             return "a script does not run the hooks of modules within it."
         if other.strategy == "quantization":
             return "a script needs plain weights."

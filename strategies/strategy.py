@@ -53,6 +53,14 @@ class Option:
     """Why it is in the plan, one sentence; empty until planned."""
 
 
+def hooks_within(option: Option) -> bool:
+    """Whether *option* hooks onto modules in a component, which a graph of it would not call."""
+    if option.strategy == "device_map":
+        return "device" not in option.parameters  # split over several GPUs
+    hooking = ("streaming", "sequential_offload", "group_offload", "layerwise_casting")
+    return option.strategy in hooking
+
+
 class Strategy(Protocol):
     """One strategy. ``apply`` and ``traits`` touch live objects, everything else is pure."""
 
