@@ -11,6 +11,7 @@ group offload never does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,7 +54,11 @@ REPLAYS_TO_SETTLE = 2
 """Replays of a call in a row that must find and leave the same reserved memory to count as settled.
 
 Chosen: one is not enough, because the first such replay may still have moved cached blocks about.
+Where weights are given back late, the host must be as far ahead of the GPU, too.
 """
+
+SAME_PACE = 1e-3
+"""Share by which two times may differ that count as equal; what repeats differs by rounding."""
 
 SMALLEST_SETTLED_EVENTS = 32
 """Calls of fewer events are always replayed: looking them up costs as much."""
@@ -84,6 +89,13 @@ class _Settled:
     times: tuple[float, float]
     """What the clock, where there is one, had to :meth:`Clock.skip`."""
     num_replays: int
+
+    def agrees(self, added_bytes: int, times: tuple[float, float]) -> bool:
+        """Whether one more replay did the same."""
+        pairs = zip(self.times, times, strict=True)
+        return added_bytes == self.added_bytes and all(
+            math.isclose(one, other, rel_tol=SAME_PACE) for one, other in pairs
+        )
 
 
 class Replay:
@@ -503,7 +515,8 @@ class Replay:
         allocator.peak_reserved_bytes = max(outer_reserved_bytes, peak_reserved_bytes)
         self._settled.pop(key, None)
         added_bytes = self._state_bytes(component) - state_bytes
-        if settled is not None and settled.added_bytes != added_bytes:
+        times = clock.since(begin_s) if clock is not None else (0.0, 0.0)
+        if settled is not None and not settled.agrees(added_bytes, times):
             settled = None
         if (
             self._weight_bytes == before.weight_bytes
@@ -517,7 +530,7 @@ class Replay:
                 peak_reserved_bytes=peak_reserved_bytes - state_bytes,
                 added_bytes=added_bytes,
                 returned_bytes=tuple(block.requested_bytes for block in results),
-                times=clock.since(begin_s) if clock is not None else (0.0, 0.0),
+                times=times,
                 num_replays=1 + (settled.num_replays if settled else 0),
             )
         return results

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipefit.cost_models.units import DTYPE_BYTES
@@ -236,16 +236,16 @@ def stored_weight(
     return _torchao(type_, outputs, inputs, dtype, group_size, rows if per_row else (1, 1))
 
 
-def gguf_type(file_type: str, class_name: str, path: str) -> str:
+def gguf_type(file_type: str, class_names: Iterable[str], path: str) -> str:
     """Return the block format of the weight of layer *path* in a file of *file_type*.
 
-    >>> gguf_type("Q4_K_M", "FluxTransformer2DModel", "transformer_blocks.0.attn.to_k")
+    >>> gguf_type("Q4_K_M", ["FluxTransformer2DModel"], "transformer_blocks.0.attn.to_k")
     'Q5_K'
 
     Returns:
         A key of :data:`GGUF_TYPES`; F16 where the weight keeps 16 bits.
     """
-    names = GGUF_NAMES.get(class_name, GgufNames())
+    names = next((GGUF_NAMES[one] for one in class_names if one in GGUF_NAMES), GgufNames())
     if names.kept and re.match(rf"{names.kept}(\.|$)", path):
         return "F16"
     plain, better = GGUF_FILES[file_type]

@@ -25,9 +25,15 @@ PCIE_LANE_BYTES_PER_S = {
 https://en.wikipedia.org/wiki/PCI_Express#Comparison_table"""
 
 PINNED_SHARE = 0.8
-"""Share of the theoretical link that one large copy from page-locked memory reaches: 80-85 % on
-PCIe 3 to 5. https://developer.nvidia.com/blog/how-optimize-data-transfers-cuda-cc/ describes the
-measurement (bandwidthTest)."""
+"""Share of the theoretical link that one large copy from page-locked memory reaches: 0.76 to 0.84
+on PCIe 4, eight RTX 4090 by nvbandwidth (https://github.com/NVIDIA/nvbandwidth/issues/15), and 0.77
+on NVLink-C2C (https://github.com/NVIDIA/nvbandwidth/issues/23)."""
+
+PINNED_SHARE_PCIE_5 = 0.88
+"""The same from PCIe 5 on. By nvbandwidth 55.3 GB/s on H800, 55.6 in NVIDIA's own example of H100
+(https://developer.nvidia.com/blog/nvidia-nvbandwidth-your-essential-tool-for-measuring-gpu-interconnect-and-memory-performance/)
+and 56.3 on eight RTX 5090 (https://github.com/tinygrad/open-gpu-kernel-modules/issues/29), of 63.0.
+"""
 
 STREAM_SHARE = 0.63
 """Share of the pinned rate that streamed offloading keeps, where every layer is a copy of its own
@@ -158,4 +164,5 @@ def _nominal_pinned_bytes_per_s(gpu: Gpu) -> float:
             f"How fast weights reach the {gpu.name} is unknown: neither a host-to-device rate nor"
             " its PCIe generation and lanes were found; state the link, for example --pcie 4x16."
         )
-    return PINNED_SHARE * pcie_bytes_per_s(gpu.pcie_generation, gpu.pcie_lanes)
+    share = PINNED_SHARE if gpu.pcie_generation < 5 else PINNED_SHARE_PCIE_5
+    return share * pcie_bytes_per_s(gpu.pcie_generation, gpu.pcie_lanes)

@@ -23,7 +23,7 @@ from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import Placement
 from pipefit.planner.apply import apply_options
 from pipefit.planner.plan import Rehearsal
-from pipefit.planner.rehearsals import REHEARSED_STEPS
+from pipefit.planner.rehearsals import steps_to_rehearse
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
 from pipefit.planner.stage import Stage
@@ -101,7 +101,7 @@ def rehearse(
 ) -> Rehearsal:
     """Execute ``pipe(**call)`` under *options* on a virtual *gpu*, without weights.
 
-    The call is cut to :data:`REHEARSED_STEPS` denoising steps. What a live pipeline is past
+    The call is cut to the denoising steps after which peaks repeat. What a live pipeline is past
     (weights quantised as they are loaded) is imitated on the twin, and nothing is written to the
     disk that *options* may name. *main* is the index of the GPU on which the pipeline computes, of
     several that are given in the order of their indices. *pipe* stays as it is unless *in_place*;
@@ -114,7 +114,7 @@ def rehearse(
             :func:`pipefit.planner.apply.apply_options`; InvalidRequest too where a figure of the
             GPU that times need is unknown. TraceError: the call itself fails.
     """
-    shortened = shortened_call(pipe, call)
+    shortened = shortened_call(pipe, call, options)
     with (
         on_stage(
             pipe,
@@ -176,8 +176,8 @@ def placements_of(options: Sequence[Option], components: Iterable[str]) -> dict[
     return found
 
 
-def shortened_call(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *call* with :data:`REHEARSED_STEPS` denoising steps, where it has more.
+def shortened_call(pipe: Any, call: Mapping[str, Any], options: Sequence[Option]) -> dict[str, Any]:
+    """Return *call* with as many denoising steps as *options* need, where it has more.
 
     Steps that the call lists one by one (``timesteps``, ``sigmas``) stay; with a ``strength`` there
     are as many as leave that number to execute.
@@ -189,9 +189,9 @@ def shortened_call(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     asked = call.get("num_inference_steps", steps.default)
     strength = parameters.get("strength")
     share = call.get("strength", strength.default if strength else 1.0)
-    enough = REHEARSED_STEPS
+    enough = steps_to_rehearse(options)
     if isinstance(share, (int, float)) and 0 < share < 1:
-        enough = math.ceil(REHEARSED_STEPS / share)
+        enough = math.ceil(enough / share)
     if not isinstance(asked, int) or asked <= enough:
         return dict(call)
     return {**call, "num_inference_steps": enough}

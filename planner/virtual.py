@@ -296,13 +296,17 @@ class VirtualMachine:
             raise _two_devices(home, CPU, operator)
         if homeless and home is not None:
             for buffer in buffers:
-                if buffer.device is None:  # made by a C++ composite; it belongs with the others
-                    buffer.device = home
-                    if home.type == "cuda":
-                        self.observer.allocated(buffer)
-                    elif buffer.is_written:
-                        self.observer.host_allocated(buffer)
+                if buffer.device is None:
+                    self._settle(buffer, home)
         return home, buffers
+
+    def _settle(self, buffer: Buffer, home: torch.device) -> None:
+        """What a C++ composite made, meta as its arguments are there, belongs with the others."""
+        buffer.device = home
+        if home.type == "cuda":
+            self.observer.allocated(buffer)
+        elif buffer.is_written:
+            self.observer.host_allocated(buffer)
 
     def on_meta(self, function: Any, *args: Any) -> Any:
         """Call *function* while virtual tensors are meta tensors in Python, too."""
@@ -710,6 +714,8 @@ def _copy_in(machine: VirtualMachine, operator: _Operator, args: Any, kwargs: An
             f"copy_ from {source.device} to a real {target.device} tensor."
         )
     buffer = buffer_of(target)
+    if buffer.device is None and not source.is_meta:
+        machine._settle(buffer, source.device)
     buffer.write()
     non_blocking = (len(args) > 2 and args[2]) or bool(kwargs.get("non_blocking"))
     value = known_value(source)

@@ -61,11 +61,17 @@ def describe_component(name: str, module: torch.nn.Module, traits: Mapping[str, 
     return Component(
         name=name,
         class_name=type(module).__name__,
-        library=type(module).__module__.split(".")[0],
+        library=_library(module),
         tensors=tuple(tensors),
         modules=modules,
         traits=dict(traits),
     )
+
+
+def _library(module: torch.nn.Module) -> str:
+    """Return where the class comes from; a user's own loads as what it is derived from."""
+    sources = [base.__module__.split(".")[0] for base in type(module).__mro__]
+    return next((one for one in sources if one in ("diffusers", "transformers")), sources[0])
 
 
 def _storage_key(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -180,6 +180,7 @@ class Quantization:
             for path, part in module.named_modules():
                 if path.rpartition(".")[2] in kept:
                     part.to(getattr(torch, parameters["kept_dtype"]))
+        class_names = [base.__name__ for base in type(module).__mro__]
         for path, part in list(module.named_modules()):
             for name, child in list(part.named_children()):
                 below = f"{path}.{name}".removeprefix(".")
@@ -189,7 +190,7 @@ class Quantization:
                     continue
                 backend, type_ = parameters["backend"], _type(parameters)
                 if backend == "gguf":
-                    type_ = gguf_type(type_, type(module).__name__, below)
+                    type_ = gguf_type(type_, class_names, below)
                 stored = _stored(child, type_, parameters)
                 if stored:
                     part._modules[name] = QuantizedLinear(child, stored, backend, type_)

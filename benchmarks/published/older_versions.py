@@ -1,12 +1,15 @@
 """What older diffusers and torch did, for published measurements that were made with them.
 
-Two changes of 2024 moved peaks. The functions here bring the earlier behaviour back on a weightless
+A few changes moved peaks. The functions here bring the earlier behaviour back on a weightless
 pipeline, module by module, so that a record is compared with what ran then:
 
 * until 0.30 the convolution caches of CogVideoX's autoencoder were state of its modules, so that
   old and new caches never lay side by side, frames were padded in a copy, and its spatial norm made
   scale and shift one after the other (huggingface/diffusers#9524, in 0.31);
-* until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31).
+* until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31);
+* until January 2026 Z-Image attended under a mask of ones (huggingface/diffusers#12955), and until
+  April the host waited for the GPU before and within each step (#13461), so that it could run ahead
+  of the GPU by no more than one.
 
 Classes are exchanged rather than methods, because a traced pipeline is copied first.
 """
@@ -25,6 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXSpatialNorm3D,
 )
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,6 +95,34 @@ class Upsample2DUntil030(Upsample2D):
         return self.conv(hidden_states)
 
 
+class ZImageUntil036(ZImageTransformer2DModel):
+    """Waits for the GPU where the time and the padding were read, and always makes masks."""
+
+    def forward(self, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what today's class returns."""
+        t[0].item()  # by the pipeline, right before the call
+        return super().forward(x, t, *args, **kwargs)
+
+    def _prepare_sequence(
+        self, feats: list[Tensor], pos_ids: Any, inner_pad_mask: list[Tensor], *rest: Any
+    ) -> Any:
+        torch.cat(inner_pad_mask).nonzero()  # as an index by a mask does
+        made = super()._prepare_sequence(feats, pos_ids, inner_pad_mask, *rest)
+        return (*made[:2], _mask_of_ones(made[0]), *made[3:])
+
+    def _build_unified_sequence(self, *args: Any) -> Any:
+        made = super()._build_unified_sequence(*args)
+        return (*made[:2], _mask_of_ones(made[0]), *made[3:])
+
+
+def _mask_of_ones(sequences: Tensor) -> Tensor:
+    """Return that of (batch, length, channels), where all sequences have the same length."""
+    mask = torch.zeros(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+    for row in mask:
+        row[:] = 1
+    return mask
+
+
 @contextmanager
 def torch_version(version: str) -> Iterator[None]:
     """Predict the library workspaces of this torch; empty: of the one that is installed."""
@@ -117,3 +149,10 @@ def as_until_0_30(pipe: DiffusionPipeline) -> None:
                 module.__class__ = SpatialNorm3DUntil030
             elif type(module) is Upsample2D and module.interpolate and module.norm is None:
                 module.__class__ = Upsample2DUntil030
+
+
+def as_until_0_36(pipe: DiffusionPipeline) -> None:
+    """Make the transformer of a weightless Z-Image behave as in diffusers 0.36."""
+    for component in pipe.components.values():
+        if type(component) is ZImageTransformer2DModel:
+            component.__class__ = ZImageUntil036

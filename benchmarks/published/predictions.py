@@ -200,5 +200,5 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     notes = [explanation(record, is_compiled=row.is_compiled)] if is_off else []
     if predicted.peak_phase(kind) == LOAD and phases_of(record)(LOAD):
         notes.insert(0, LOADING)
-    notes += [f"run with {change}" for change in setup.changes if change == "diffusers 0.30"]
+    notes += [f"run with {change}" for change in setup.changes if change.startswith("diffusers")]
     return replace(row, note="; ".join(note for note in notes if note))

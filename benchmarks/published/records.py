@@ -291,6 +291,8 @@ def _changes(record: Record) -> tuple[str, ...]:
         found.append("first UNet beside")
     if _is_before_0_31(record):
         found.append("diffusers 0.30")
+    if record["pipeline"].startswith("Z-Image") and "Dec 2025" in record["software"]["diffusers"]:
+        found.append("diffusers 0.36")
     if record["levers"]["fuse_qkv"]:
         found.append("fused QKV")
     return tuple(found)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.memory_accuracy import page, summary
 from benchmarks.published.changes import CHANGES
 from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
-from benchmarks.published.older_versions import as_until_0_30
+from benchmarks.published.older_versions import as_until_0_30, as_until_0_36
 from benchmarks.published.partial_calls import OneComponent
 from benchmarks.published.predictions import LOAD, Predicted, Row, rows_of
 from benchmarks.published.records import (
@@ -30,6 +30,7 @@ from benchmarks.published.records import (
     usable,
     weights_are_published,
 )
+from diffusers import ZImageTransformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from tests.planner.hand_built import PREDICTION
 from tests.small_pipelines import cogvideox, small_call, stable_diffusion_xl
@@ -343,6 +344,25 @@ def test_older_classes_compute_what_the_newer_do() -> None:
             older.encode(video).latent_dist.mode(),
             atol=1e-5,
         )
+
+
+def test_an_older_z_image_computes_what_the_newer_does() -> None:
+    torch.manual_seed(0)
+    newer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    older = copy.deepcopy(newer)
+    as_until_0_36(_Pipe(older))
+    assert type(older).__name__ == "ZImageUntil036"
+    latents, prompt = [torch.randn(4, 1, 8, 8)], [torch.randn(7, 16)]
+    masks = []
+    older.layers[0].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
+    with torch.no_grad():
+        expected = newer(latents, torch.tensor([0.5]), prompt, return_dict=False)
+        made = older(latents, torch.tensor([0.5]), prompt, return_dict=False)
+    assert torch.allclose(expected[0][0], made[0][0], atol=1e-5)
+    assert masks[0].all()
 
 
 def test_older_upsampling_goes_through_float32() -> None:

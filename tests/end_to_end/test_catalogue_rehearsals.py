@@ -30,7 +30,7 @@ QUICK = ("kandinsky-2-2-prior",)
 def deviations(name: str) -> Iterator[tuple[str, float]]:
     """Yield by which share the phases of the pipeline *name* are off under each placement."""
     pipe, info = build_pipeline(name)
-    call = shortened_call(pipe, default_inputs(pipe, info.entry, {}))
+    call = shortened_call(pipe, default_inputs(pipe, info.entry, {}), ())
     found = trace(pipe, call, name=name, traits=traits_of)
     placements = ["resident", "leaves, streamed"]
     # Without a declared order no plan has it; AudioLDM 2 and Wuerstchen move theirs by own code.

@@ -69,7 +69,7 @@ def test_blocks_take_no_more_of_the_host_than_their_weights(name: str) -> None:
 def test_no_kernel_finds_a_weight_on_the_host(name: str) -> None:
     """On the virtual GPU it fails, as on a real one; on the CPU it would be read from there."""
     pipe, info = build_pipeline(name)
-    call = shortened_call(pipe, default_inputs(pipe, info.entry, {}))
+    call = shortened_call(pipe, default_inputs(pipe, info.entry, {}), ())
     options = []
     for component, module in module_components(pipe).items():
         parameters = {"when_idle": "leave"}

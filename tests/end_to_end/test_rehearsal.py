@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.published.older_versions import as_until_0_36
 from benchmarks.published.records import RECORDS
 from diffusers.hooks.group_offloading import GroupOffloadingHook, ModuleGroup
 from tests.end_to_end.small_runs import PLACEMENTS, apart, predicted, untouched
@@ -35,13 +36,8 @@ from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import find_gpu, reference_machine
 from pipefit.planner.plan import Rehearsal
 from pipefit.planner.policy import parse_strategy_spec
-from pipefit.planner.rehearse import (
-    REHEARSED_STEPS,
-    on_stage,
-    placements_of,
-    rehearse,
-    shortened_call,
-)
+from pipefit.planner.rehearsals import RECORDED_STEPS, REHEARSED_STEPS
+from pipefit.planner.rehearse import on_stage, placements_of, rehearse, shortened_call
 from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.stage import Stage
@@ -265,11 +261,16 @@ def test_undoing_leaves_the_twin_as_it_was(placement: str) -> None:
 
 def test_a_call_is_cut_to_the_steps_that_repeat() -> None:
     pipe, _ = untouched("stable_diffusion_xl")
-    assert shortened_call(pipe, {})["num_inference_steps"] == REHEARSED_STEPS
-    assert shortened_call(pipe, {"num_inference_steps": 2}) == {"num_inference_steps": 2}
-    assert shortened_call(pipe, {"sigmas": [1.0, 0.5]}) == {"sigmas": [1.0, 0.5]}
+    assert shortened_call(pipe, {}, ())["num_inference_steps"] == REHEARSED_STEPS
+    assert shortened_call(pipe, {"num_inference_steps": 2}, ()) == {"num_inference_steps": 2}
+    assert shortened_call(pipe, {"sigmas": [1.0, 0.5]}, ()) == {"sigmas": [1.0, 0.5]}
     pictures, _ = untouched("stable_diffusion_xl_img2img")
-    assert shortened_call(pictures, {"strength": 0.5})["num_inference_steps"] == 6
+    assert shortened_call(pictures, {"strength": 0.5}, ())["num_inference_steps"] == 6
+    recorded = parse_strategy_spec(
+        "group_offload:offload_type=leaf_level,use_stream=true,record_stream=true@unet",
+        strategies=["group_offload"],
+    )
+    assert shortened_call(pipe, {}, recorded)["num_inference_steps"] == RECORDED_STEPS
 
 
 # -- verify
@@ -461,14 +462,19 @@ def test_flux_1_dev_dispatched_over_gpus_and_the_host(
 
 # -- published figures
 
+NO_STREAM = "recipes-zimageturbo-5090-leaf_group_offload"
+STREAM = "recipes-zimageturbo-5090-leaf_stream_group_offload_disk"
+RECORDED = "recipes-zimageturbo-5090-leaf_stream_group_offload_record"
 PUBLISHED = {
-    "recipes-zimageturbo-5090-leaf_group_offload": "offload_type=leaf_level",
+    NO_STREAM: "offload_type=leaf_level",
+    STREAM: ("offload_type=leaf_level,use_stream=true,offload_to_disk_path=weights"),
+    "recipes-zimageturbo-5090-leaf_stream_group_offload_disk_record": (
+        "offload_type=leaf_level,use_stream=true,record_stream=true,offload_to_disk_path=weights"
+    ),
     "recipes-zimageturbo-5090-block_group_offload_one_block_stream_record": (
         "offload_type=block_level,num_blocks_per_group=1,use_stream=true,record_stream=true"
     ),
-    "recipes-zimageturbo-5090-leaf_stream_group_offload_record": (
-        "offload_type=leaf_level,use_stream=true,record_stream=true"
-    ),
+    RECORDED: ("offload_type=leaf_level,use_stream=true,record_stream=true"),
 }
 """Records of Z-Image-Turbo on an RTX 5090 in the order of their process peaks, as strategies."""
 
@@ -477,7 +483,7 @@ PUBLISHED = {
 @pytest.mark.skipif(
     not RECORDS.exists(), reason="the published records are not beside the checkout"
 )
-def test_streams_cost_z_image_turbo_what_was_published() -> None:
+def test_streams_cost_z_image_turbo_what_was_published(tmp_path: Path) -> None:
     published = {r["id"]: r["peak_memory_gib"] for r in json.loads(RECORDS.read_text())}
     found = {}
     for record, parameters in PUBLISHED.items():
@@ -486,12 +492,15 @@ def test_streams_cost_z_image_turbo_what_was_published() -> None:
             asked = parse_strategy_spec(f"group_offload:{parameters}", strategies=["group_offload"])
             options = [replace(o, component=c) for o in asked for c in module_components(pipe)]
             call = {"height": 1024, "width": 1024, "guidance_scale": 0.0}
-            arguments = shortened_call(pipe, default_inputs(pipe, info.entry, call))
+            as_until_0_36(pipe)
+            arguments = shortened_call(pipe, default_inputs(pipe, info.entry, call), options)
             with on_stage(pipe, find_gpu("rtx-5090"), in_place=True) as stage:
                 # Not by apply_options, which refuses to stream a VAE that others upcast.
                 for option in options:
-                    parts = stage.pipe, option.component, option.parameters, GPU
-                    strategy("group_offload").apply(*parts)
+                    named = dict(option.parameters)
+                    if named.get("offload_to_disk_path"):
+                        named["offload_to_disk_path"] = str(tmp_path)
+                    strategy("group_offload").apply(stage.pipe, option.component, named, GPU)
                 stage.placements = placements_of(options, module_components(stage.pipe))
                 with stage.counting():
                     run_call(stage.pipe, arguments)
@@ -499,3 +508,6 @@ def test_streams_cost_z_image_turbo_what_was_published() -> None:
         found[record] = rehearsal.process_bytes / GIB
         assert found[record] == pytest.approx(published[record], rel=0.1)
     assert list(found.values()) == sorted(found.values())
+    for less in NO_STREAM, STREAM:
+        apart_gib = published[RECORDED] - published[less]
+        assert found[RECORDED] - found[less] == pytest.approx(apart_gib, rel=0.1)

@@ -141,6 +141,17 @@ def test_two_devices_raise_torchs_own_message(machine: VirtualMachine) -> None:
     assert (torch.ones(3, device="cuda") * zero_dim).device == GPU
 
 
+def test_what_cpp_makes_lies_where_it_is_filled_from(machine: VirtualMachine) -> None:
+    rows = [torch.ones(3, 4, device="cuda"), torch.ones(5, 4, device="cuda")]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    assert padded.shape == (2, 5, 4)
+    assert padded.device == GPU
+    counter = machine.observer
+    assert isinstance(counter, Counter)
+    assert counter.live == 4 * (12 + 20 + 40)
+    assert torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows]).device.type == "cpu"
+
+
 # -- values
 
 
