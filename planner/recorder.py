@@ -590,15 +590,21 @@ Call = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
 
 
 @contextlib.contextmanager
-def intercepting(components: Iterable[torch.nn.Module], call: Call) -> Iterator[None]:
-    """Route every module call and entry method of *components* through *call*."""
+def intercepting(
+    components: Iterable[torch.nn.Module], call: Call, *, with_hooks: bool = False
+) -> Iterator[None]:
+    """Route every module call and entry method of *components* through *call*.
+
+    *with_hooks*: a module's forward hooks are part of its call; else they run around it.
+    """
     original = torch.nn.Module.__call__
     # Not torch.nn.Module.__call__, which runs what torch.compile made of a module.
     uncompiled = torch.nn.Module._call_impl
 
     def call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
         attributes = module.__dict__
-        if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
+        is_hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+        if with_hooks or not is_hooked:
             return call(module, "forward", functools.partial(uncompiled, module), args, kwargs)
         if isinstance(attributes.get("forward"), _Method):  # a call within its own call
             return uncompiled(module, *args, **kwargs)

@@ -629,7 +629,7 @@ class Stage(Recorder):
         self._marked_s = self.clock.host_s
         self.forget_structures()
         with (
-            intercepting(module_components(self.pipe).values(), self._call),
+            intercepting(module_components(self.pipe).values(), self._call, with_hooks=True),
             self.recording(self.root),
         ):
             yield
