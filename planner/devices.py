@@ -43,7 +43,7 @@ from pipefit.planner.workloads import Observed
 from pipefit.strategies import conflict_of, strategy
 from pipefit.strategies.device_map import MODES, stock_map
 from pipefit.strategies.live import balanced_components
-from pipefit.strategies.strategy import Option
+from pipefit.strategies.strategy import Conditional, Option
 
 ROUNDING_BYTES = 64 * MIB
 """What a split leaves free on each GPU for segments of torch's allocator that are not full; our
@@ -238,14 +238,21 @@ class DevicePricing:
         return found
 
     def _priced_away(self, component: Component, policy: Policy, index: int) -> Sequence[Candidate]:
-        """Return the candidates for a GPU like that one, priced as if it were the main one."""
+        """Return the candidates for a GPU like that one, priced as if it were the main one.
+
+        None where it cannot have what the policy requires.
+        """
         key = _figures(self.gpus[index]), component.name
         if key not in self._shared.away:
             if component.name not in self._shared.placements:
                 offered = self._on[self.main].offered(component, policy)
                 self._shared.placements[component.name] = _coarse(offered)
             placements = self._shared.placements[component.name]
-            self._shared.away[key] = self._on[index].candidates(component, placements, policy)
+            try:
+                found = self._on[index].candidates(component, placements, policy)
+            except InvalidRequest:
+                found = []
+            self._shared.away[key] = found
         return self._shared.away[key]
 
     def _phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
@@ -299,7 +306,7 @@ class DevicePricing:
         for plain in resident:
             pick = plain.payload
             assert isinstance(pick, Pick)
-            for split in dict.fromkeys(self._fillings(component, pick.choice)):
+            for split in dict.fromkeys(self._fillings(component, pick)):
                 option = Option(
                     strategy="device_map",
                     component=component.name,
@@ -329,8 +336,8 @@ class DevicePricing:
             payload=replace(pick, choice=choice, options=(*_compute_options(pick), option)),
         )
 
-    def _fillings(self, component: Component, choice: Choice) -> Iterator[Split]:
-        blocks = blocks_of_split(component)
+    def _fillings(self, component: Component, pick: Pick) -> Iterator[Split]:
+        choice, blocks = pick.choice, blocks_of_split(component)
         sizes = [
             sum(
                 t.num_bytes
@@ -340,7 +347,10 @@ class DevicePricing:
             for block in blocks
         ]
         rest_bytes = component.weight_bytes - sum(sizes)
-        others = sorted(self.gpus, key=lambda i: (i != self.main, self._block_s(component, i)))
+        others = sorted(
+            (i for i in self.gpus if self._can_compute(component, pick, i)),
+            key=lambda i: (i != self.main, self._block_s(component, i)),
+        )
         needed = [
             c.weight_bytes + self.memory.activation_bytes(c, _PLAIN)
             for c in self.workload.components
@@ -370,6 +380,14 @@ class DevicePricing:
                     counts.append((index, count))
             if done == len(blocks) and len(counts) > 1:
                 yield Split(blocks=tuple(counts))
+
+    def _can_compute(self, component: Component, pick: Pick, index: int) -> bool:
+        """Whether a GPU can have the kernels that were *pick*ed for the main one."""
+        return not any(
+            isinstance(one := strategy(option.strategy), Conditional)
+            and one.unfit(component, option.parameters, self.workload, self.gpus[index])
+            for option in _compute_options(pick)
+        )
 
     def _block_s(self, component: Component, index: int) -> float:
         """Return how long *component*'s calls take whole on a GPU, to rank the GPUs by."""
@@ -593,22 +611,27 @@ def price_devices(
 
     *observe* traces the call for a GPU; parts of a kind see the same. *price* prices it on a GPU,
     with switches of the process, which are those that the main GPU wants.
+
+    Raises:
+        InvalidRequest: what *observe* raises, if it does so for every GPU that may be the main one.
     """
-    seen: dict[object, Sequence[Observed]] = {}
+    seen: dict[object, Sequence[Observed] | InvalidRequest] = {}
     shared: dict[object, SharedPrices] = {}
     by_index = {gpu.index: gpu for gpu in machine.gpus}
     found: list[Pricing | DevicePricing] = []
 
-    def seen_by(gpu: Gpu) -> tuple[object, Sequence[Observed]]:
-        kind = gpu.architecture, gpu.compute_capability
+    def seen_by(index: int) -> Sequence[Observed] | InvalidRequest:
+        kind = _kind(by_index[index])
         if kind not in seen:
-            seen[kind] = observe(gpu)
-        return kind, seen[kind]
+            try:
+                seen[kind] = observe(by_index[index])
+            except InvalidRequest as error:
+                seen[kind] = error
+        return seen[kind]
 
-    _, first = seen_by(by_index[min(budgets)])
-    workload = first[0].workload
-    for main in _asked_mains(workload, policy) or main_gpus(workload, machine, budgets):
-        kind, observed = seen_by(by_index[main])
+    for main in _mains(seen_by, machine, budgets, policy):
+        kind, observed = _kind(by_index[main]), seen_by(main)
+        assert not isinstance(observed, InvalidRequest)
         for number, one in enumerate(observed):
             switches = process_options(one.workload, by_index[main], policy)
             alike = kind, number, tuple(switch.strategy for switch in switches)
@@ -623,6 +646,40 @@ def price_devices(
                 )
             )
     return found
+
+
+def _mains(
+    seen_by: Callable[[int], Sequence[Observed] | InvalidRequest],
+    machine: Machine,
+    budgets: Mapping[int, int],
+    policy: Policy,
+) -> tuple[int, ...]:
+    """Return the GPUs that are tried as the main one, of those that can be.
+
+    A GPU may be too old for what the policy requires. It can be no main one then, and a better one
+    that cannot does not rule it out.
+    """
+    kinds = {gpu.index: _kind(gpu) for gpu in machine.gpus}
+    refused: dict[object, InvalidRequest] = {}
+    while able := {i: most for i, most in budgets.items() if kinds[i] not in refused}:
+        first = seen_by(min(able))
+        if isinstance(first, InvalidRequest):
+            refused[kinds[min(able)]] = first
+            continue
+        workload = first[0].workload
+        asked = _asked_mains(workload, policy)
+        mains = asked or main_gpus(workload, machine, able)
+        unable = {
+            kinds[main]: error
+            for main in mains
+            if isinstance(error := seen_by(main), InvalidRequest)
+        }
+        if not unable:
+            return mains
+        refused |= unable
+        if asked:
+            break
+    raise list(refused.values())[-1]
 
 
 def _priced_with(
@@ -689,6 +746,11 @@ def main_gpus(workload: Workload, machine: Machine, budgets: Mapping[int, int]) 
     return tuple(
         index for (_, less, index), most in zip(found, before, strict=False) if less < most
     )
+
+
+def _kind(gpu: Gpu) -> object:
+    """Return what decides how a call is traced for *gpu*."""
+    return gpu.architecture, gpu.compute_capability
 
 
 _PLAIN = Choice(placement=Resident())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cost_models.workloads import linear_stack, routine, workload
@@ -18,7 +20,7 @@ import pipefit
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import MIB
-from pipefit.cost_models.workload import Kernel, Workload
+from pipefit.cost_models.workload import Kernel, Workload, variant_key
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import decide
@@ -28,7 +30,8 @@ from pipefit.planner.plan import Plan
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Limits, search
 from pipefit.planner.workloads import Observed
-from pipefit.strategies.live import balanced_components
+from pipefit.strategies.attention import backend_name
+from pipefit.strategies.live import attention_backends, balanced_components
 from pipefit.strategies.strategy import Option
 
 GB = 10**9
@@ -279,6 +282,56 @@ def test_a_component_is_put_where_it_was_asked_for() -> None:
         api.predict(pipe, ["device_map:device=7@vae"], call=call, machine=PAIR)
     with pytest.raises(pipefit.InvalidRequest, match="can only be predicted"):
         api.plan(pipe, "1GB", call=call, machine=PAIR, with_=["device_map:mode=balanced"])
+
+
+@pytest.mark.parametrize("names", [("rtx-2080-ti", "rtx-3060-12gb"), ("rtx-4060", "rtx-2080-ti")])
+def test_a_gpu_too_old_for_what_is_required_is_not_the_main_one(names: Sequence[str]) -> None:
+    pipe, _ = untouched("flux")
+    pipe.to(torch.bfloat16)
+    call = {k: v for k, v in small_call("flux").items() if k != "generator"}
+    asked = ["attention:backend=flash@transformer"]
+    on = reference_machine(names, ram_bytes=32 * GB)
+    plan = api.plan(pipe, "0=2GB,1=2GB", call=call, machine=on, with_=asked, rehearse=False)
+    assert plan.gpu.compute_capability >= (8, 0)
+    assert any(o.strategy == "attention" and o.component == "transformer" for o in plan.options)
+    old = reference_machine(["rtx-2080-ti", "rtx-2060-6gb"], ram_bytes=32 * GB)
+    with pytest.raises(pipefit.InvalidRequest, match="flash needs compute capability 8"):
+        api.plan(pipe, "0=2GB,1=2GB", call=call, machine=old, with_=asked, rehearse=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "where"),
+    [("transformer", "split", r"(\d+):"), ("text_encoder", "device", r"(\d+)")],
+)
+def test_neither_blocks_nor_components_go_to_a_gpu_too_old_for_what_is_required(
+    name: str, parameter: str, where: str
+) -> None:
+    of = by_hand({"text_encoder": GB, "transformer": 30 * GB}, transformer=30)
+    backends = {backend_name(value): facts for value, facts in attention_backends().items()}
+    traits = {
+        "attention_processors": ["FluxAttnProcessor"],
+        "dispatches_attention": True,
+        "attention_backends": backends,
+    }
+    flash = Option(strategy="attention", component=name, parameters={"backend": "flash"})
+    of = replace(
+        of,
+        components=tuple(replace(c, traits={**c.traits, **traits}) for c in of.components),
+        variants={variant_key(name, {"attention": flash.parameters}): {}},
+    )
+
+    def used(*names: str) -> set[str]:
+        made = reference_machine(names, ram_bytes=512 * GB)
+        budgets = {gpu.index: 18 * GB for gpu in made.gpus}
+        policy = Policy(budget_bytes=budgets, required=(flash,))
+        priced = DevicePricing(of, made, budgets, 0, lambda gpu: Pricing(of, gpu))
+        picks = [c.payload for c in priced.problems(policy)[-1].components[name]]
+        asked = [o.parameters for p in picks for o in p.options if parameter in o.parameters]
+        return {index for one in asked for index in re.findall(where, str(one[parameter]))} - {"0"}
+
+    assert used("rtx-3090", "rtx-3090") == {"1"}
+    assert used("rtx-3090", "titan-rtx") == set()
+    assert used("rtx-3090", "titan-rtx", "rtx-3090") == {"2"}
 
 
 def test_a_plan_is_never_slower_than_what_balanced_does() -> None:
