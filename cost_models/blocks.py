@@ -42,6 +42,13 @@ NUM_REMEMBERED = 32
 """Cuts kept; our choice, above what one search asks for (a few for each component). Each holds its
 component, so that many would make every garbage collection slow."""
 
+NUM_MODULES = 256
+"""Modules whose own weights are kept; our choice, above what the components of a pipeline have that
+no call enters."""
+
+NUM_LEVELS = 1024
+"""Levels of residency that are kept; our choice, above what one search asks for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -79,10 +86,20 @@ class Blocks:
     buffers: tuple[TensorInfo, ...]
     """On the GPU all the time, because modules write to them."""
 
-    @property
-    def called(self) -> tuple[int, ...]:
-        """Which blocks the planned call enters."""
-        return tuple(i for i, block in enumerate(self.blocks) if block.is_called)
+    called: tuple[int, ...] = field(init=False)
+    """Which blocks the planned call enters."""
+    rest_bytes: int = field(init=False)
+    """The rest, packed as a block is."""
+    sizes: tuple[object, ...] = field(init=False)
+    """All that decides how long copies take and which there are."""
+
+    def __post_init__(self) -> None:
+        """Add up once what a search asks for thousands of times."""
+        called = tuple(i for i, block in enumerate(self.blocks) if block.is_called)
+        rest_bytes = sum(aligned(tensor.num_bytes) for tensor in self.rest)
+        sizes = called, rest_bytes, *(block.num_bytes for block in self.blocks)
+        for name, value in (("called", called), ("rest_bytes", rest_bytes), ("sizes", sizes)):
+            object.__setattr__(self, name, value)
 
     def streamed(self, resident_blocks: int) -> tuple[int, ...]:
         """Return which of the called blocks are streamed when *resident_blocks* of them stay.
@@ -93,14 +110,18 @@ class Blocks:
         >>> Blocks(blocks=blocks, rest=(), buffers=()).streamed(4)
         (1, 4)
         """
-        called = self.called
-        count = max(0, len(called) - resident_blocks)
-        return tuple(called[(2 * i + 1) * len(called) // (2 * count)] for i in range(count))
+        return _spread(self.called, resident_blocks)
 
     def slot_bytes(self, resident_blocks: int) -> int:
         """Return what a slot takes, which holds any of the streamed blocks; 0 without such."""
         streamed = self.streamed(resident_blocks)
         return max((self.blocks[number].num_bytes for number in streamed), default=0)
+
+
+@functools.lru_cache(maxsize=NUM_LEVELS)
+def _spread(called: tuple[int, ...], resident_blocks: int) -> tuple[int, ...]:
+    count = max(0, len(called) - resident_blocks)
+    return tuple(called[(2 * i + 1) * len(called) // (2 * count)] for i in range(count))
 
 
 def aligned(num_bytes: int) -> int:
@@ -117,15 +138,21 @@ def is_large(component: Component, path: str, max_block_bytes: int) -> bool:
 
     See :data:`SMALLEST_SHARE`.
     """
+    return _own_bytes(ByIdentity(component), path) * SMALLEST_SHARE >= max_block_bytes
+
+
+@functools.lru_cache(maxsize=NUM_MODULES)
+def _own_bytes(of: ByIdentity, path: str) -> int:
+    """Return the weights below *path* that no module outside of it uses."""
+    component = of.component
     shared = {
         storage_of(tensor) for tensor in component.tensors if not tensor.path.startswith(f"{path}.")
     }
-    num_bytes = sum(
+    return sum(
         tensor.num_bytes
         for tensor in component.tensors
         if not tensor.is_buffer and tensor.tied_to is None and tensor.path not in shared
     )
-    return num_bytes * SMALLEST_SHARE >= max_block_bytes
 
 
 def blocks_of(

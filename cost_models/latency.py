@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
-from pipefit.cost_models.blocks import aligned
+from pipefit.cost_models.blocks import Blocks
 from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, Step, steps_of
 from pipefit.cost_models.devices import block_calls, place_of, places_of, travelled_bytes
 from pipefit.cost_models.machine import Gpu
@@ -231,7 +231,8 @@ def kernel_seconds(
             kernel_flops(kernel) / rate,
             _bytes(kernel) / (gpu.memory_bytes_per_s or CPU_BYTES_PER_S),
         )
-    _require_figures(gpu)
+    if not _has_figures(gpu):
+        _require_figures(gpu)
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return sum(kernel_seconds(part, gpu, flags=flags) for part in _unfused(kernel))
     seconds = max(_arithmetic_s(kernel, gpu, attention, flags), _memory_s(_bytes(kernel), gpu))
@@ -250,11 +251,17 @@ def host_kernel_seconds(kernel: Kernel, num_cores: int) -> float:
 
 def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> int:
     """Return how many launches the host issues for *kernel*; those inside cuDNN cost it nothing."""
-    if kernel == SYNCHRONISE:
+    if _is_wait(kernel):
         return 0
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return MATH_ATTENTION_LAUNCHES + kernel.masked
     return 2 if kernel.kind == "norm" and "group_norm" in kernel.name else 1
+
+
+def _is_wait(kernel: Kernel) -> bool:
+    """Whether *kernel* is :data:`SYNCHRONISE`; by name first, because comparing all takes longer
+    than anything else that is asked of a kernel."""
+    return kernel.name == SYNCHRONISE.name and kernel == SYNCHRONISE
 
 
 def host_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> float:
@@ -452,6 +459,16 @@ def _unfused(kernel: Kernel) -> tuple[Kernel, ...]:
     return tuple(steps)
 
 
+def _has_figures(gpu: Gpu) -> bool:
+    """What :func:`_require_figures` asks, without the words: it is asked for every kernel."""
+    return (
+        gpu.memory_bytes_per_s > 0
+        and gpu.num_sms > 0
+        and gpu.clock_hz > 0
+        and gpu.flops_per_s.get("float32", 0.0) > 0
+    )
+
+
 def _require_figures(gpu: Gpu) -> None:
     """Refuse instead of inventing: no default is right for both an A100 and a laptop."""
     figures = {
@@ -479,27 +496,47 @@ def launch_seconds(gpu: Gpu) -> float:
     return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
 
 
+class _Known:
+    """What has been worked out about routines, by their number, and about the calls of blocks."""
+
+    def __init__(self) -> None:
+        self.host_s: dict[int, float] = {}
+        self.kernels: dict[tuple[int, Attention], RoutineCost] = {}
+        self.routines: dict[tuple[int, Attention], RoutineCost] = {}
+        self.call_s: dict[tuple[int, Attention], float] = {}
+        self.cut: dict[tuple[int, Attention], Sequence[_Part]] = {}
+        self.runs: dict[tuple[int, Attention], tuple[Run, ...]] = {}
+        self.compiling_s: dict[frozenset[int], float] = {}
+        self.waiting: dict[int, bool] = {}
+        self.executions: dict[int, Mapping[str, int]] = {}
+        self.windows: dict[object, tuple[Window, ...]] = {}
+        self.equal_windows: dict[tuple[Window, ...], tuple[Window, ...]] = {}
+        """Equal ones as one object, so that it can be a key by its identity."""
+        self.call_times: dict[object, CallTimes] = {}
+
+
 class LatencyModel:
     """Times of one workload on one GPU; remembers each routine, so that a search may ask often."""
 
     def __init__(
-        self, workload: Workload, gpu: Gpu, flags: Flags = DEFAULT_FLAGS, *, num_cores: int = 1
+        self,
+        workload: Workload,
+        gpu: Gpu,
+        flags: Flags = DEFAULT_FLAGS,
+        *,
+        num_cores: int = 1,
+        like: LatencyModel | None = None,
     ) -> None:
+        """*like* is a model of the same GPU and flags, of a workload with the same table of
+        routines: what it remembers is remembered together."""
         self.workload = workload
         self.gpu = gpu
         self.flags = flags
         self.num_cores = num_cores
         """Those of the host, for what it computes itself."""
-        self._host_s: dict[int, float] = {}
         self._launch_s = launch_seconds(gpu)
-        self._kernels: dict[tuple[int, Attention], RoutineCost] = {}
-        self._routines: dict[tuple[int, Attention], RoutineCost] = {}
-        self._call_s: dict[tuple[int, Attention], float] = {}
-        self._cut: dict[tuple[int, Attention], Sequence[_Part]] = {}
-        self._waiting: dict[int, bool] = {}
-        self._executions: dict[int, Mapping[str, int]] = {}
+        self._known: _Known = _Known() if like is None else like._known
         self._component_groups: dict[tuple[str, Placement], Groups] = {}
-        self._windows: dict[object, tuple[Window, ...]] = {}
         self._call_times: dict[object, CallTimes] = {}
         self._order = calls_in_order(workload)
         self._root_routines = [event[1] for event in workload.root if event[0] == "c"]
@@ -507,12 +544,12 @@ class LatencyModel:
     def routine_cost(self, routine: int, attention: Attention = "native") -> RoutineCost:
         """Return what one call of ``workload.routines[routine]`` costs the GPU."""
         key = (routine, attention)
-        if key not in self._routines:
+        if key not in self._known.routines:
             events = self.workload.routines[routine].events
             parts = [self._kernel_cost(e[1], attention) for e in events if e[0] == "k"]
             parts += [self.routine_cost(e[1], attention) for e in events if e[0] == "c"]
-            self._routines[key] = _total(parts)
-        return self._routines[key]
+            self._known.routines[key] = _total(parts)
+        return self._known.routines[key]
 
     def call_seconds(self, routine: int, attention: Attention = "native") -> float:
         """Return the time of one component call: the host issues, the GPU follows.
@@ -522,36 +559,41 @@ class LatencyModel:
         together row by row while the GPU waits.
         """
         key = (routine, attention)
-        if key not in self._call_s:
+        if key not in self._known.call_s:
             issue = Issue()
             issue.go(steps_of(self._runs(("c", routine), attention), self._launch_s))
-            self._call_s[key] = issue.done_s
-        return self._call_s[key]
+            self._known.call_s[key] = issue.done_s
+        return self._known.call_s[key]
 
     def _parts(self, routine: int, attention: Attention) -> Sequence[_Part]:
         """Cut a routine into runs of launches, the calls between them, and waits of the host."""
         key = (routine, attention)
-        found = self._cut.get(key)
+        found = self._known.cut.get(key)
         if found is not None:
             return found
         parts: list[_Part] = []
         run: list[RoutineCost] = []
+        num_launches = 0.0
 
         def end_run() -> None:
+            nonlocal num_launches
             if run:
                 parts.append((None, _total(run)))
                 run.clear()
+                num_launches = 0.0
 
         def add(cost: RoutineCost) -> None:
             # A run is taken to be the same all through, so it must not hold all of a decoder and
             # all that follows.
+            nonlocal num_launches
             run.append(cost)
-            if sum(one.num_launches for one in run) > MAX_STEP_LAUNCHES:
+            num_launches += cost.num_launches
+            if num_launches > MAX_STEP_LAUNCHES:
                 end_run()
 
         for event in self.workload.routines[routine].events:
             if event[0] == "k":
-                if self.workload.kernels[event[1]] == SYNCHRONISE:
+                if _is_wait(self.workload.kernels[event[1]]):
                     end_run()
                     parts.append((None, None))
                 else:
@@ -564,15 +606,15 @@ class LatencyModel:
                     end_run()
                     parts.append((event[1], None))
         end_run()
-        self._cut[key] = parts
+        self._known.cut[key] = parts
         return parts
 
     def _waits(self, routine: int) -> bool:
         """Whether the host waits for the GPU somewhere in *routine*."""
-        found = self._waiting.get(routine)
+        found = self._known.waiting.get(routine)
         if found is None:
-            found = self._waiting[routine] = any(
-                self.workload.kernels[event[1]] == SYNCHRONISE
+            found = self._known.waiting[routine] = any(
+                _is_wait(self.workload.kernels[event[1]])
                 if event[0] == "k"
                 else event[0] == "c" and self._waits(event[1])
                 for event in self.workload.routines[routine].events
@@ -581,6 +623,12 @@ class LatencyModel:
 
     def compiling_seconds(self, routines: Iterable[int]) -> float:
         """Return what compiling costs the first call of *routines*; equal graphs are made once."""
+        key = frozenset(routines)
+        if key not in self._known.compiling_s:
+            self._known.compiling_s[key] = self._compiling_seconds(key)
+        return self._known.compiling_s[key]
+
+    def _compiling_seconds(self, routines: Iterable[int]) -> float:
         graphs: set[tuple[str, tuple[Kernel, ...]]] = set()
         seen: set[int] = set()
         waiting = list(routines)
@@ -632,7 +680,7 @@ class LatencyModel:
 
     def executions(self, routine: int) -> Mapping[str, int]:
         """Return how often one call of *routine* calls each submodule, by path; "" is itself."""
-        if routine not in self._executions:
+        if routine not in self._known.executions:
             counts: Counter[str] = Counter({"": 1})
             for event in self.workload.routines[routine].events:
                 if event[0] != "c" or event[2].startswith("/"):
@@ -641,8 +689,8 @@ class LatencyModel:
                     # Path "" is another method of the same module, not a second call of it.
                     if event[2] or path:
                         counts[".".join(filter(None, (event[2], path)))] += times
-            self._executions[routine] = counts
-        return self._executions[routine]
+            self._known.executions[routine] = counts
+        return self._known.executions[routine]
 
     def placement_seconds(
         self,
@@ -712,9 +760,9 @@ class LatencyModel:
 
     def _host_seconds(self, routine: int) -> float:
         """Return how long the host's cores compute for one call of *routine*."""
-        found = self._host_s.get(routine)
+        found = self._known.host_s.get(routine)
         if found is None:
-            found = self._host_s[routine] = math.fsum(
+            found = self._known.host_s[routine] = math.fsum(
                 host_kernel_seconds(self.workload.kernels[event[1]], self.num_cores)
                 if event[0] == "k"
                 else self._host_seconds(event[1])
@@ -762,12 +810,19 @@ class LatencyModel:
         """
 
         def total_s(compute_factor: float, transfer_factor: float) -> float:
-            return math.fsum(
-                self._streamed_call_s(
-                    call, placement, replaced, attention, compute_factor, transfer_factor
-                )
-                for call in phase.calls
-            )
+            later_s: dict[int, float] = {}
+            seconds = []
+            for call in phase.calls:
+                routine, is_cold = self._root_routines[call], self._is_cold(call, placement)
+                found_s = None if is_cold else later_s.get(routine)
+                if found_s is None:
+                    found_s = self._streamed_call_s(
+                        call, placement, replaced, attention, compute_factor, transfer_factor
+                    )
+                    if not is_cold:
+                        later_s[routine] = found_s
+                seconds.append(found_s)
+            return math.fsum(seconds)
 
         call_s = low_s = high_s = total_s(1, 1)
         if with_range:
@@ -776,7 +831,7 @@ class LatencyModel:
         cut = cut_of(self.workload.component(phase.component), placement)
         streamed = cut.streamed(placement.resident_blocks)
         stay = [cut.blocks[i].num_bytes for i in cut.called if i not in streamed]
-        stay += [aligned(tensor.num_bytes) for tensor in cut.rest]
+        stay.append(cut.rest_bytes)
         num_cold = sum(self._is_cold(call, placement) for call in phase.calls)
         return PlacementTime(
             call_s=call_s,
@@ -876,45 +931,62 @@ class LatencyModel:
         found = self._call_times.get(key)
         if found is None:
             cut = cut_of(self.workload.component(name), placement)
-            about = (placement.max_block_bytes, placement.uncalled_modules, placement.call_order)
-            place = routine, attention, compute_factor, about
-            windows = self._windows.get(place)
-            if windows is None:
-
-                def steps(events: Iterable[Event]) -> tuple[Step, ...]:
-                    runs = (run for event in events for run in self._runs(event, attention))
-                    return steps_of(runs, self._launch_s, gpu_factor=compute_factor)
-
-                windows = self._windows[place] = windows_of(self.workload, routine, cut, steps)
+            windows = self._windows_of(routine, cut, attention, compute_factor)
             link = link_rates(self.gpu)
             rate = {
                 "pinned": link.h2d_pinned_bytes_per_s,
                 "pageable": link.h2d_pageable_bytes_per_s,
                 "disk": link.h2d_pageable_bytes_per_s,
             }[placement.host_memory]
-            found = self._call_times[key] = CallTimes(
-                windows,
-                cut,
-                placement,
-                rate / transfer_factor,
-                ahead_s=ahead_s,
-            )
+            # Another component of the same blocks, or another kernel for it, may take as long.
+            what = id(windows), cut.sizes, replace(placement, load_with=None, call_order=())
+            alike = what, rate / transfer_factor, ahead_s
+            found = self._known.call_times.get(alike)
+            if found is None:
+                found = self._known.call_times[alike] = CallTimes(
+                    windows, cut, placement, rate / transfer_factor, ahead_s=ahead_s
+                )
+            self._call_times[key] = found
         return found
 
-    def _runs(self, event: Event, attention: Attention) -> Iterator[Run]:
-        """Yield the runs of launches, and the waits, that a kernel or a call consists of."""
+    def _windows_of(
+        self, routine: int, cut: Blocks, attention: Attention, compute_factor: float
+    ) -> tuple[Window, ...]:
+        """Return the windows of one call of *routine*, equal ones as the same object."""
+        place = routine, attention, compute_factor, tuple(block.path for block in cut.blocks)
+        found = self._known.windows.get(place)
+        if found is None:
+            known: dict[object, tuple[Step, ...]] = {}
+
+            def steps(events: Sequence[Event]) -> tuple[Step, ...]:
+                what = tuple(event[:2] for event in events)  # tiles consist of the same again
+                if what not in known:
+                    runs = (run for event in events for run in self._runs(event, attention))
+                    known[what] = steps_of(runs, self._launch_s, gpu_factor=compute_factor)
+                return known[what]
+
+            made = windows_of(self.workload, routine, cut, steps)
+            found = self._known.windows[place] = self._known.equal_windows.setdefault(made, made)
+        return found
+
+    def _runs(self, event: Event, attention: Attention) -> tuple[Run, ...]:
+        """Return the runs of launches, and the waits, that a kernel or a call consists of."""
         if event[0] == "k":
-            if self.workload.kernels[event[1]] == SYNCHRONISE:
-                yield None
-            else:
-                kernel = self._kernel_cost(event[1], attention)
-                yield kernel.num_launches, kernel.gpu_s
-            return
-        for callee, cost in self._parts(event[1], attention):
-            if callee is not None:
-                yield from self._runs(("c", callee), attention)
-            else:
-                yield None if cost is None else (cost.num_launches, cost.gpu_s)
+            if _is_wait(self.workload.kernels[event[1]]):
+                return (None,)
+            kernel = self._kernel_cost(event[1], attention)
+            return ((kernel.num_launches, kernel.gpu_s),)
+        key = (event[1], attention)
+        found = self._known.runs.get(key)
+        if found is None:
+            runs: list[Run] = []
+            for callee, cost in self._parts(event[1], attention):
+                if callee is not None:
+                    runs += self._runs(("c", callee), attention)
+                else:
+                    runs.append(None if cost is None else (cost.num_launches, cost.gpu_s))
+            found = self._known.runs[key] = tuple(runs)
+        return found
 
     def _groups(self, component: Component, placement: GroupOffload | SequentialOffload) -> Groups:
         key = (component.name, placement)
@@ -928,15 +1000,15 @@ class LatencyModel:
 
     def _kernel_cost(self, index: int, attention: Attention) -> RoutineCost:
         key = (index, attention)
-        if key not in self._kernels:
+        if key not in self._known.kernels:
             kernel = self.workload.kernels[index]
-            self._kernels[key] = RoutineCost(
+            self._known.kernels[key] = RoutineCost(
                 gpu_s=kernel_seconds(kernel, self.gpu, attention, self.flags),
                 num_launches=host_launches(kernel, self.gpu, attention),
                 flops=kernel_flops(kernel),
                 num_bytes=int(_bytes(kernel)),
             )
-        return self._kernels[key]
+        return self._known.kernels[key]
 
 
 def _total(parts: Sequence[RoutineCost]) -> RoutineCost:

@@ -104,9 +104,9 @@ class MemoryModel:
     Use one for all questions about a workload: the search asks thousands.
     """
 
-    def __init__(self, workload: Workload, gpu: Gpu) -> None:
+    def __init__(self, workload: Workload, gpu: Gpu, *, timeline: Timeline | None = None) -> None:
         self.workload = workload
-        self.timeline = Timeline(workload, gpu)
+        self.timeline = timeline or Timeline(workload, gpu)
         self._weight_bytes = {
             component.name: allocated_bytes(load_order(component))
             for component in workload.components
@@ -127,8 +127,26 @@ class MemoryModel:
         self._groups: dict[tuple[str, Placement], Groups] = {}
         self._streamed_bytes: dict[tuple[str, Placement], StreamedBytes] = {}
         self._order = calls_in_order(workload)
+        self._turns: dict[tuple[str, str | None], tuple[bool, ...]] = {}
         self._streamed_outcomes: dict[object, Outcome] = {}
         self._part_peaks: dict[object, int] = {}
+
+    def facts(self, component: Component) -> tuple[object, ...]:
+        """Return all that :meth:`phase_bytes` of *component* depends on besides its choice.
+
+        Models of workloads that are united agree in the bytes where they agree in this.
+        """
+        own = [p.component == component.name for p in self.workload.phases]
+        return (
+            id(self.timeline),
+            tuple(calls for calls, is_own in zip(self._calls, own, strict=True) if is_own),
+            tuple(n for n, is_own in zip(self.carried_bytes, own, strict=True) if is_own),
+            tuple(
+                (added[component.name], sum(added.values()) if is_own else 0)
+                for added, is_own in zip(self._added_bytes, own, strict=True)
+            ),
+            tuple(component.name in held for held in self._residency.phases),
+        )
 
     def loading_bytes(self) -> int:
         """Return the weights on the GPU once all components are loaded and none is placed yet.
@@ -259,7 +277,10 @@ class MemoryModel:
                 return 0
         elif isinstance(placement, Streaming):
             streamed = self._streaming(component, placement)
-            here = turns(self._order, component.name, placement.load_with)
+            about = component.name, placement.load_with
+            if about not in self._turns:
+                self._turns[about] = turns(self._order, *about)
+            here = self._turns[about]
             is_loaded = any(here[call] for call in self.workload.phases[phase].calls)
             return streamed.loaded_bytes if is_loaded else streamed.idle_bytes
         elif not isinstance(placement, Resident):
@@ -327,10 +348,14 @@ class MemoryModel:
         if found is None:
             weight_bytes = component.weight_bytes
             ratio = 1 + added_bytes / weight_bytes if weight_bytes else 1.0
-            groups = self._groups_of(component, placement)
-            found = self._streamed_outcomes[key] = self._later_outcome(
-                component.name, routine, outside, groups, ratio, look_ahead=True
-            )
+            groups, known = self._groups_of(component, placement), self.timeline.streamed_outcomes
+            about = component.name, routine, outside, groups, ratio
+            found = known.get(about)
+            if found is None:
+                found = known[about] = self._later_outcome(
+                    component.name, routine, outside, groups, ratio, look_ahead=True
+                )
+            self._streamed_outcomes[key] = found
         return found
 
     def _streaming(self, component: Component, placement: Streaming) -> StreamedBytes:

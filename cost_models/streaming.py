@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipefit.cost_models.allocator import allocated_bytes
-from pipefit.cost_models.blocks import Blocks, aligned, blocks_of, modules_above
+from pipefit.cost_models.blocks import Blocks, blocks_of, modules_above
 from pipefit.cost_models.clock import Issue, Step
 from pipefit.cost_models.placement import Streaming
+from pipefit.cost_models.residency import ByIdentity
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.workload import Component, Event, Workload
 
 NUM_PASSES = 3
 """Calls in a row after which the last one repeats: the first begins with an empty or a filled ring,
 the second with what the first left, and later ones as the second."""
+
+
+NUM_REMEMBERED = 1024
+"""Placements whose bytes are kept; our choice, above what one search offers for a component."""
 
 
 class Window(NamedTuple):
@@ -71,6 +76,12 @@ def cut_of(component: Component, placement: Streaming) -> Blocks:
 
 def streamed_bytes(component: Component, placement: Streaming) -> StreamedBytes:
     """Return what *component* takes on the GPU and on the host."""
+    return _streamed_bytes(ByIdentity(component), placement)
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _streamed_bytes(of: ByIdentity, placement: Streaming) -> StreamedBytes:
+    component = of.component
     cut = cut_of(component, placement)
     streamed = set(cut.streamed(placement.resident_blocks))
     slot_bytes = cut.slot_bytes(placement.resident_blocks)
@@ -86,7 +97,7 @@ def streamed_bytes(component: Component, placement: Streaming) -> StreamedBytes:
         return StreamedBytes(
             loaded=loaded, idle=loaded, host=sum(block.num_bytes for block in packed)
         )
-    rest_bytes = sum(aligned(tensor.num_bytes) for tensor in cut.rest)
+    rest_bytes = cut.rest_bytes
     loaded = (*buffers, *((rest_bytes,) if rest_bytes else ()), *slots)
     loaded += tuple(block.num_bytes for block in kept)
     return StreamedBytes(
@@ -159,9 +170,10 @@ class Course:
         self._placement = placement
         self._streamed = set(cut.streamed(placement.resident_blocks))
         self._copy_s = [block.num_bytes / bytes_per_s for block in cut.blocks]
-        self._rest_s = sum(aligned(t.num_bytes) for t in cut.rest) / bytes_per_s
+        self._rest_s = cut.rest_bytes / bytes_per_s
         self._holds_host = holds_host
         self._order: list[int] = list(cut.called)
+        self._twice = self._order * 2
         self.issue = Issue()
         self._link_s = 0.0
         self._resting_s: float | None = None
@@ -173,6 +185,7 @@ class Course:
     def load(self, ahead_s: float, order: Sequence[int]) -> None:
         """Copy what left back in, begun *ahead_s* before now."""
         self._order = list(order)
+        self._twice = self._order * 2
         begin_s = self.issue.host_s - ahead_s
         self.issue.gpu_s = max(self.issue.gpu_s, self._copied(self._rest_s, begin_s, 0.0))
         self._free = deque([begin_s] * len(self._free))
@@ -187,19 +200,25 @@ class Course:
     def call(self, windows: Sequence[Window], order: Sequence[int]) -> None:
         """Go through one call; *order* are the blocks of it, of which some may come again."""
         self._order = list(order)
-        issue, place = self.issue, 0
-        for window in windows:
-            block = window.block
-            if block is not None:
-                issue.host_s += BLOCK_HOOK_S * (block in self._streamed)
-                issue.gpu_s = max(issue.gpu_s, self._arrival(block))
-            issue.go(window.steps)
-            if block is not None:
-                place += 1
-                if block in self._streamed:
-                    self._ready_s.pop(block, None)
-                    self._give_up(issue.gpu_s)
-                    self._fill_from(place, issue.host_s)
+        self._twice = self._order * 2
+        issue, place, streamed = self.issue, 0, self._streamed
+        for block, steps in windows:
+            if block is None:
+                issue.go(steps)
+                continue
+            place += 1
+            if block not in streamed:
+                arrival_s = self._kept_ready_s.get(block, 0.0)
+                if arrival_s > issue.gpu_s:
+                    issue.gpu_s = arrival_s
+                issue.go(steps)
+                continue
+            issue.host_s += BLOCK_HOOK_S
+            issue.gpu_s = max(issue.gpu_s, self._arrival(block))
+            issue.go(steps)
+            self._ready_s.pop(block, None)
+            self._give_up(issue.gpu_s)
+            self._fill_from(place, issue.host_s)
         self._is_loaded = True
 
     def _give_up(self, done_s: float) -> None:
@@ -212,8 +231,6 @@ class Course:
         self._free.append(done_s)
 
     def _arrival(self, block: int) -> float:
-        if block not in self._streamed:
-            return self._kept_ready_s.get(block, 0.0)
         if block not in self._ready_s:
             if not self._free and self._resting_s is not None:
                 self._free.append(self._resting_s)
@@ -225,14 +242,18 @@ class Course:
         return self._ready_s[block]
 
     def _fill_from(self, place: int, now_s: float) -> None:
-        order, num_ahead = self._order, 0
-        for i in range(len(order)):
-            block = order[(place + i) % len(order)]
-            if block in self._streamed:
-                if num_ahead == self._placement.look_ahead:
+        if self._is_loaded and not self._free:
+            return
+        twice, num_ahead, num_blocks = self._twice, 0, len(self._order)
+        streamed, ready_s, most = self._streamed, self._ready_s, self._placement.look_ahead
+        place %= num_blocks
+        for i in range(place, place + num_blocks):
+            block = twice[i]
+            if block in streamed:
+                if num_ahead == most:
                     return
                 num_ahead += 1
-                if block not in self._ready_s:
+                if block not in ready_s:
                     if not self._free:
                         return
                     self._copy(block, now_s)

@@ -51,6 +51,12 @@ class Timeline:
         )
         self._outcomes: dict[tuple[int, tuple[int, ...]], Outcome] = {}
         self._launches_gemm: dict[int, bool] = {}
+        self.streamed_outcomes: dict[object, Outcome] = {}
+        """What memory models of this timeline have found out about calls that bring weights."""
+
+    def is_alike(self, other: Timeline) -> bool:
+        """Whether *other*, of the same routines, adds up to the same."""
+        return self.scratch_bytes == other.scratch_bytes
 
     def outcome(self, routine: int, outside_bytes: tuple[int, ...] = ()) -> Outcome:
         """Return the outcome of a call whose outside buffers have these sizes."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefit.cost_models.machine import Gpu, Machine
+from pipefit.cost_models.sharing import Models
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
@@ -157,7 +158,7 @@ def plan(
             ]
         return price_devices(
             lambda gpu: seen_on(gpu, at),
-            lambda s, gpu, on: _priced(s, gpu, machine, on),
+            lambda s, gpu, on, models: _priced(s, gpu, machine, on, models=models),
             machine,
             at.budget_bytes,
             at,
@@ -244,6 +245,7 @@ def _priced(
     machine: Machine,
     switches: Sequence[Option],
     shared: Shared | None = None,
+    models: Models | None = None,
 ) -> Pricing:
     return Pricing(
         seen.workload,
@@ -253,6 +255,7 @@ def _priced(
         held_bytes=seen.held_bytes,
         shared=shared,
         num_cores=machine.host.num_cores,
+        models=models,
     )
 
 

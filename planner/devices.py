@@ -23,6 +23,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.memory import SLACK_SHARE, PhaseMemory, simulate
 from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Split
 from pipefit.cost_models.prediction import Choice, Latency, Prediction
+from pipefit.cost_models.sharing import Models, figures, united
 from pipefit.cost_models.units import MIB, format_bytes
 from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
 from pipefit.errors import InvalidRequest
@@ -91,12 +92,13 @@ class DevicePricing:
         self.gpus |= {index: by_index[index] for index in sorted(budgets)}
         self._on: dict[int, Pricing] = {}
         for index, gpu in list(self.gpus.items()):
-            alike = _figures(gpu)
+            alike = figures(gpu)
             if alike not in priced:
                 priced[alike] = price(gpu)
             self._on[index] = priced[alike]
             if index != main and budgets[index] < self._idle_bytes(index):
                 del self.gpus[index], self._on[index]
+        self._bytes: dict[object, tuple[int, ...]] = {}
         self.gpu = self.gpus[main]
         self.memory = self._on[main].memory
         self.load_options = self._on[main].load_options
@@ -197,7 +199,7 @@ class DevicePricing:
         taken: dict[object, int] = {}
         for index, gpu in list(self.gpus.items())[1:]:
             alike = (
-                _figures(gpu),
+                figures(gpu),
                 self.budgets.get(index),
                 between_seconds(self.gpus[self.main], gpu, self.machine.links, 1 << 30),
             )
@@ -242,26 +244,36 @@ class DevicePricing:
 
         None where it cannot have what the policy requires.
         """
-        key = _figures(self.gpus[index]), component.name
+        key = figures(self.gpus[index]), component.name
         if key not in self._shared.away:
             if component.name not in self._shared.placements:
                 offered = self._on[self.main].offered(component, policy)
                 self._shared.placements[component.name] = _coarse(offered)
             placements = self._shared.placements[component.name]
             try:
-                found = self._on[index].candidates(component, placements, policy)
+                priced = self._on[index]
+                found = priced.candidates(component, placements, policy, is_away=True)
             except InvalidRequest:
                 found = []
             self._shared.away[key] = found
         return self._shared.away[key]
 
     def _phase_bytes(self, component: Component, choice: Choice) -> tuple[int, ...]:
-        return tuple(
-            itertools.chain.from_iterable(
-                self._on[index].memory.phase_bytes_on(component, choice, index, self.main)
-                for index in self.gpus
-            )
-        )
+        """Return what *component* takes in every column."""
+        found: list[int] = []
+        nowhere = (0,) * len(self.workload.phases)
+        for index in self.gpus:
+            if choice.device is not None and index not in (choice.device, self.main):
+                found += nowhere
+                continue
+            memory = self._on[index].memory
+            # On another GPU whose memory is alike it takes as much.
+            where = index if choice.device is None else index == self.main
+            about = id(memory), component.name, replace(choice, device=None), where
+            if about not in self._bytes:
+                self._bytes[about] = memory.phase_bytes_on(component, choice, index, self.main)
+            found += self._bytes[about]
+        return tuple(found)
 
     def _travel_seconds(self, phase: Phase, index: int) -> float:
         """Return how long what a phase's calls are given and return travels to GPU *index*."""
@@ -602,7 +614,7 @@ def _mapped(component: Component, mode: str, rooms: Mapping[int, int]) -> Option
 
 def price_devices(
     observe: Callable[[Gpu], Sequence[Observed]],
-    price: Callable[[Observed, Gpu, Sequence[Option]], Pricing],
+    price: Callable[[Observed, Gpu, Sequence[Option], Models], Pricing],
     machine: Machine,
     budgets: Mapping[int, int],
     policy: Policy,
@@ -629,10 +641,12 @@ def price_devices(
                 seen[kind] = error
         return seen[kind]
 
-    for main in _mains(seen_by, machine, budgets, policy):
-        kind, observed = _kind(by_index[main]), seen_by(main)
-        assert not isinstance(observed, InvalidRequest)
-        for number, one in enumerate(observed):
+    mains = _mains(seen_by, machine, budgets, policy)
+    traced = _united({_kind(by_index[main]): seen_by(main) for main in mains})
+    models = Models()
+    for main in mains:
+        kind = _kind(by_index[main])
+        for number, one in enumerate(traced[kind]):
             switches = process_options(one.workload, by_index[main], policy)
             alike = kind, number, tuple(switch.strategy for switch in switches)
             found.append(
@@ -641,11 +655,23 @@ def price_devices(
                     machine,
                     budgets,
                     main,
-                    functools.partial(_priced_with, price, one, switches),
+                    functools.partial(_priced_with, price, one, switches, models),
                     shared.setdefault(alike, SharedPrices()),
                 )
             )
     return found
+
+
+def _united(
+    seen: Mapping[object, Sequence[Observed] | InvalidRequest],
+) -> dict[object, list[Observed]]:
+    """Return what each kind of GPU has seen with all workloads numbered alike."""
+    able = {kind: found for kind, found in seen.items() if not isinstance(found, InvalidRequest)}
+    workloads = iter(united([one.workload for found in able.values() for one in found]))
+    return {
+        kind: [replace(one, workload=next(workloads)) for one in found]
+        for kind, found in able.items()
+    }
 
 
 def _mains(
@@ -683,12 +709,13 @@ def _mains(
 
 
 def _priced_with(
-    price: Callable[[Observed, Gpu, Sequence[Option]], Pricing],
+    price: Callable[[Observed, Gpu, Sequence[Option], Models], Pricing],
     seen: Observed,
     switches: Sequence[Option],
+    models: Models,
     gpu: Gpu,
 ) -> Pricing:
-    return price(seen, gpu, switches)
+    return price(seen, gpu, switches, models)
 
 
 def leading(workload: Workload) -> str:
@@ -726,16 +753,18 @@ def main_gpus(workload: Workload, machine: Machine, budgets: Mapping[int, int]) 
     lead = leading(workload)
     phases = [phase for phase in workload.phases if phase.component == lead]
     pricings: dict[str, Pricing] = {}
+    models = Models()
     unlike: dict[object, tuple[float, int, int]] = {}
     for gpu in machine.gpus:
         if gpu.index in budgets:
-            figures = _figures(gpu)
-            pricing = pricings.setdefault(figures, Pricing(workload, gpu))
+            like = figures(gpu)
+            pricing = pricings.get(like) or Pricing(workload, gpu, models=models)
+            pricings[like] = pricing
             seconds = sum(pricing.phase_seconds(one, _PLAIN, "native")[0] for one in phases)
             links = sorted(
                 link.bytes_per_s for link in machine.links if gpu.index in (link.first, link.second)
             )
-            alike = figures, budgets[gpu.index], *links
+            alike = like, budgets[gpu.index], *links
             unlike.setdefault(alike, (seconds, -budgets[gpu.index], gpu.index))
     found = sorted(unlike.values())
     if len(found) <= FEW_GPUS:
@@ -755,14 +784,6 @@ def _kind(gpu: Gpu) -> object:
 
 _PLAIN = Choice(placement=Resident())
 """As traced, on whichever GPU."""
-
-
-def _figures(gpu: Gpu) -> str:
-    """Return what decides about prices; GPUs of which it is the same are priced once."""
-    alike = replace(
-        gpu, index=0, total_bytes=0, free_bytes=0, other_bytes=0, provenance={}, sources=()
-    )
-    return repr(alike)
 
 
 def _coarse(offered: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, Placement]]:

@@ -16,7 +16,7 @@ from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
 from pipefit.cost_models.machine import Gpu
-from pipefit.cost_models.memory import MemoryModel, PhaseMemory, simulate
+from pipefit.cost_models.memory import PhaseMemory, simulate
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
@@ -33,8 +33,15 @@ from pipefit.cost_models.prediction import (
     Prediction,
 )
 from pipefit.cost_models.residency import model_offload_residency
+from pipefit.cost_models.sharing import Models, figures
 from pipefit.cost_models.units import format_bytes, format_seconds
-from pipefit.cost_models.workload import Component, Phase, Workload, variant_key
+from pipefit.cost_models.workload import (
+    Component,
+    Phase,
+    Workload,
+    calls_in_order,
+    variant_key,
+)
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Budget, Candidate, Problem, Selection
@@ -294,6 +301,7 @@ class Pricing:
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
         num_cores: int = 1,
+        models: Models | None = None,
     ) -> None:
         self.workload = workload
         self.gpu = gpu
@@ -305,13 +313,18 @@ class Pricing:
         """What every candidate has."""
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
-        self.memory = MemoryModel(workload, gpu)
-        self.latency = LatencyModel(workload, gpu, flags_of(process_options), num_cores=num_cores)
+        self._models = models
+        models = Models() if models is None else models
+        flags = flags_of(process_options)
+        self.memory = models.memory(workload, gpu)
+        self.latency = models.latency(workload, gpu, flags, num_cores=num_cores)
         self.columns = tuple((gpu.index, phase) for phase in workload.phases)
         """(index of the GPU, phase) of every peak."""
-        self._computed: dict[str, list[Parts]] = {}
-        self._residency = model_offload_residency(workload)
         self._root_calls = [event for event in workload.root if event[0] == "c"]
+        self._facts_of: dict[str, tuple[object, ...]] = {}
+        self._computed: dict[str, list[Parts]] = {}
+        self._offered: dict[object, list[tuple[Option, Placement]]] = {}
+        self._residency = model_offload_residency(workload)
 
     # -- problems
 
@@ -360,7 +373,42 @@ class Pricing:
 
     def offered(self, component: Component, policy: Policy) -> list[tuple[Option, Placement]]:
         """Return the placements that *component* may choose by itself."""
-        return self._placements(component, _allowed("placement", policy), policy)
+        about: object = f"{component.name} {policy}"
+        known = self._offered
+        if self._models is not None:
+            about, known = ("offered", about, self._facts(component)), self._models.known
+        if about not in known:
+            allowed = _allowed("placement", policy)
+            known[about] = self._placements(component, allowed, policy)
+        return known[about]
+
+    def _facts(self, component: Component) -> tuple[object, ...]:
+        """Return all that decides about *component*'s candidates, but for policy and placements.
+
+        For pricings whose models are shared: other components may be stored in another way.
+        """
+        found = self._facts_of.get(component.name)
+        if found is None:
+            order = calls_in_order(self.workload)
+            asked = {component.name}  # ... and those with which it may be loaded
+            asked |= {one for one, later in itertools.pairwise(order) if later == component.name}
+            found = self._facts_of[component.name] = (
+                id(component),
+                figures(self.gpu),
+                tuple(
+                    (name, event[1] if name in asked else None)
+                    for name, event in zip(order, self._root_calls, strict=True)
+                ),
+                tuple(
+                    (key, tuple(sorted(replaced.items())))
+                    for key, replaced in self.workload.variants.items()
+                    if key.split("|")[0] == component.name
+                ),
+                self._held_bytes.get(component.name, 0),
+                self._residency.onloads.get(component.name, 0),
+                self._residency.offloads.get(component.name, 0),
+            )
+        return found
 
     def _placements(
         self, component: Component, strategies: Sequence[Strategy], policy: Policy
@@ -385,9 +433,17 @@ class Pricing:
         return found
 
     def candidates(
-        self, component: Component, placements: Sequence[tuple[Option, Placement]], policy: Policy
+        self,
+        component: Component,
+        placements: Sequence[tuple[Option, Placement]],
+        policy: Policy,
+        *,
+        is_away: bool = False,
     ) -> list[Candidate]:
-        """Return *component* under each of *placements*, computing in each way that was traced."""
+        """Return *component* under each of *placements*, computing in each way that was traced.
+
+        For a GPU on which the pipeline does not compute (*is_away*) the bytes are left out.
+        """
         phases = [p for p in self.workload.phases if p.component == component.name]
         if not phases and all(o.component is not None for o, _ in placements):
             return [self._unused(component)]
@@ -395,24 +451,27 @@ class Pricing:
             (o.component, o.parameters) for o in self.load_options if o.strategy == "precision"
         ]
         loaded = [o for o in self.load_options if o.component == component.name]
-        key = repr(
-            (
-                component.name,
-                [(o.strategy, o.parameters) for o in loaded],
-                casts,  # one component's cast changes what others are given
-                [(option.strategy, option.parameters) for option, _ in placements],
-                computing(policy),
-                [o.strategy for o in self.process_options],
-            )
+        parts_of = (
+            component.name,
+            [(o.strategy, o.parameters) for o in loaded],
+            [(option.strategy, option.parameters) for option, _ in placements],
+            computing(policy),
+            [o.strategy for o in self.process_options],
+            is_away,
         )
-        if key not in self._shared:
+        key: object = repr((*parts_of, casts))  # a cast changes what others are given
+        known: dict[Any, list[Candidate]] = self._shared
+        if self._models is not None:
+            held = () if is_away else self.memory.facts(component)
+            key, known = (repr(parts_of), self._facts(component), held), self._models.known
+        if key not in known:
             about = f"{component.name} {policy}"
             if about not in self._computed:
                 self._computed[about] = (
                     _combinations(component, self.workload, self.gpu, policy) if phases else [{}]
                 )
-            self._shared[key] = [
-                self._candidate(component, option, placement, parts)
+            known[key] = [
+                self._candidate(component, option, placement, parts, is_away=is_away)
                 for parts in self._computed[about]
                 if not parts or variant_key(component.name, parts) in self.workload.variants
                 for option, placement in _sensible(placements, _offered(parts, policy))
@@ -421,7 +480,7 @@ class Pricing:
                 )
             ]
         rank = max((option_quality(o).rank for o in self.fixed_options), default=0)
-        return [replace(c, quality_rank=max(c.quality_rank, rank)) for c in self._shared[key]]
+        return [c if c.quality_rank >= rank else replace(c, quality_rank=rank) for c in known[key]]
 
     def _unused(self, component: Component) -> Candidate:
         """Return the candidate of a component that the call never enters: it stays where it is."""
@@ -434,7 +493,13 @@ class Pricing:
         )
 
     def _candidate(
-        self, component: Component, option: Option, placement: Placement, parts: Parts
+        self,
+        component: Component,
+        option: Option,
+        placement: Placement,
+        parts: Parts,
+        *,
+        is_away: bool = False,
     ) -> Candidate:
         variant = variant_key(component.name, parts) if parts else ""
         choice = Choice(placement=placement, variant=variant)
@@ -447,7 +512,7 @@ class Pricing:
         counted = [o for o in options if o.strategy != "resident"]
         return Candidate(
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
-            phase_bytes=self.memory.phase_bytes(component, choice),
+            phase_bytes=() if is_away else self.memory.phase_bytes(component, choice),
             call_s=sum(
                 self.phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases

@@ -14,22 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cost_models.workloads import linear_stack, routine, workload
 from tests.end_to_end.small_runs import untouched
-from tests.small_pipelines import small_call
+from tests.small_pipelines import flux, small_call
 
 import pipefit
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.machine import Gpu, Machine
+from pipefit.cost_models.sharing import Models
 from pipefit.cost_models.units import MIB
 from pipefit.cost_models.workload import Kernel, Workload, variant_key
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import decide
 from pipefit.planner.devices import DevicePricing, main_gpus, price_devices, stock
-from pipefit.planner.options import Pricing
+from pipefit.planner.options import Pricing, process_options
 from pipefit.planner.plan import Plan
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Limits, search
-from pipefit.planner.workloads import Observed
+from pipefit.planner.workloads import Observed, observe
 from pipefit.strategies.attention import backend_name
 from pipefit.strategies.live import attention_backends, balanced_components
 from pipefit.strategies.strategy import Option
@@ -45,8 +46,15 @@ MATRIX = Kernel(
 )
 
 
-def priced(seen: Observed, gpu: Gpu, switches: Sequence[Option]) -> Pricing:
-    return Pricing(seen.workload, gpu, process_options=switches)
+def priced(seen: Observed, gpu: Gpu, switches: Sequence[Option], models: Models) -> Pricing:
+    return Pricing(
+        seen.workload,
+        gpu,
+        load_options=seen.load_options,
+        process_options=switches,
+        held_bytes=seen.held_bytes,
+        models=models,
+    )
 
 
 def by_hand(sizes: Mapping[str, int], **blocks: int) -> Workload:
@@ -173,6 +181,41 @@ def test_sixteen_uneven_gpus_take_what_none_of_them_could() -> None:
     assert len(plan.prediction.peak_vram) >= 4
 
 
+def test_what_pricings_share_is_as_each_would_find_it_alone() -> None:
+    """Two GPUs of a kind, one of another, a cast and a variant: every figure of every candidate."""
+    pipe, _ = untouched("wan_two_experts")
+    call = {k: v for k, v in small_call("wan_two_experts").items() if k != "generator"}
+    on = reference_machine(["rtx-4060", "rtx-5090", "rtx-2080-ti", "rtx-4060"], ram_bytes=64 * GB)
+    budgets = {gpu.index: gpu.total_bytes - gpu.index for gpu in on.gpus}
+    policy = Policy(budget_bytes=budgets)
+
+    def observed(gpu: Gpu) -> list[Observed]:
+        return observe(pipe, call, gpu=gpu, policy=policy)
+
+    shared = price_devices(observed, priced, on, budgets, policy)
+    assert len({pricing.gpu.index for pricing in shared}) > 1
+    assert any(pricing.load_options for pricing in shared)
+    assert any(pricing.workload.variants for pricing in shared)
+    for pricing in shared:
+        gpu = pricing.gpu
+        seen = next(o for o in observed(gpu) if list(o.load_options) == list(pricing.load_options))
+        alone = DevicePricing(
+            seen.workload,
+            on,
+            budgets,
+            gpu.index,
+            lambda each, seen=seen, gpu=gpu: Pricing(
+                seen.workload,
+                each,
+                load_options=seen.load_options,
+                process_options=process_options(seen.workload, gpu, policy),
+                held_bytes=seen.held_bytes,
+            ),
+        )
+        for one, other in zip(pricing.problems(policy), alone.problems(policy), strict=True):
+            assert one == other
+
+
 def test_of_many_gpus_those_are_the_main_one_that_none_exceeds_in_speed_and_budget() -> None:
     of = by_hand({"transformer": 2 * GB})
     on = reference_machine(["rtx-3090", "rtx-4090", "rtx-3090", "rtx-4060"] * 2, ram_bytes=64 * GB)
@@ -286,8 +329,7 @@ def test_a_component_is_put_where_it_was_asked_for() -> None:
 
 @pytest.mark.parametrize("names", [("rtx-2080-ti", "rtx-3060-12gb"), ("rtx-4060", "rtx-2080-ti")])
 def test_a_gpu_too_old_for_what_is_required_is_not_the_main_one(names: Sequence[str]) -> None:
-    pipe, _ = untouched("flux")
-    pipe.to(torch.bfloat16)
+    pipe = flux().to(torch.bfloat16)
     call = {k: v for k, v in small_call("flux").items() if k != "generator"}
     asked = ["attention:backend=flash@transformer"]
     on = reference_machine(names, ram_bytes=32 * GB)
