@@ -42,7 +42,7 @@ from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
 from pipefit.planner.workloads import Observed
 from pipefit.strategies import conflict_of, strategy
-from pipefit.strategies.device_map import MODES, stock_map
+from pipefit.strategies.device_map import MODES, rooms_of, stock_map
 from pipefit.strategies.live import balanced_components
 from pipefit.strategies.strategy import Conditional, Option
 
@@ -560,16 +560,21 @@ def stock(
     That is the first component's, where diffusers' pipelines compute then; else the first there is.
 
     Raises:
-        InvalidRequest: for a mode that there is not, or one that leaves weights to the CPU.
+        InvalidRequest: for a mode that there is not, or one that leaves weights to the CPU; for a
+        ``max_memory`` that cannot be understood.
     """
     main = machine.gpus[0].index
-    rooms = {gpu.index: gpu.free_bytes - context_bytes(gpu) for gpu in machine.gpus}
+    free: dict[int | str, int] = {
+        gpu.index: gpu.free_bytes - context_bytes(gpu) for gpu in machine.gpus
+    }
     found: list[Option] = []
     for option in options:
-        mode = option.parameters.get("mode")
+        mode, told = option.parameters.get("mode"), option.parameters.get("max_memory")
         if option.strategy != "device_map" or mode is None:
             found.append(option)
-        elif option.component is None:
+            continue
+        rooms = free if told is None else rooms_of(told)
+        if option.component is None:
             _check_mode(mode, ("balanced",), "a whole pipeline")
             places = _balanced(workload, rooms)
             found += [at_device(name, index) for name, index in places.items()]
@@ -587,8 +592,10 @@ def _check_mode(mode: object, known: Sequence[str], subject: str) -> None:
         )
 
 
-def _balanced(workload: Workload, rooms: Mapping[int, int]) -> dict[str, int]:
-    places = balanced_components({c.name: c.weight_bytes for c in workload.components}, rooms)
+def _balanced(workload: Workload, rooms: Mapping[int | str, int]) -> dict[str, int]:
+    sizes = {c.name: c.weight_bytes for c in workload.components}
+    # diffusers leaves the CPU's room out, too.
+    places = balanced_components(sizes, {i: n for i, n in rooms.items() if isinstance(i, int)})
     left = [c for c in workload.components if not isinstance(places.get(c.name), int)]
     if left:
         said = ", ".join(f"{c.name} ({format_bytes(c.weight_bytes)})" for c in left)
@@ -598,12 +605,12 @@ def _balanced(workload: Workload, rooms: Mapping[int, int]) -> dict[str, int]:
     return {c.name: int(places[c.name]) for c in workload.components}
 
 
-def _mapped(component: Component, mode: str, rooms: Mapping[int, int]) -> Option:
+def _mapped(component: Component, mode: str, rooms: Mapping[int | str, int]) -> Option:
     places = stock_map(component, mode, rooms)
     left = [path for path, place in places.items() if not isinstance(place, int)]
     if left:
         raise InvalidRequest(
-            f"accelerate's {mode} leaves {len(left)} modules of {component.name} on the CPU, the "
+            f"accelerate's {mode} leaves {len(left)} modules of {component.name} on no GPU, the "
             f"first {left[0]}: make a plan, which streams what has no room."
         )
     indices = set(places.values())

@@ -9,7 +9,8 @@ component has the hooks of accelerate's ``dispatch_model`` on its blocks.
 ``device`` says where, and leaves how the weights lie there to another strategy (resident, unless
 one is named); ``split`` says both, and so does ``map``, module by module as accelerate writes it.
 ``mode`` stands, in a prediction, for what the libraries choose: diffusers for the components of a
-pipeline (``balanced``), accelerate for the blocks of a component. Group offload is not had
+pipeline (``balanced``), accelerate for the blocks of a component; ``max_memory`` is the room that
+they are told to fill, by default what is free. Group offload is not had
 elsewhere than on the main GPU, because a pipeline computes where its first group-offloaded
 component does.
 """
@@ -28,7 +29,9 @@ from typing import Any
 from pipefit.cost_models import placement
 from pipefit.cost_models.devices import NO_SPLIT_MODULES, blocks_of_split, places_of
 from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.units import parse_bytes
 from pipefit.cost_models.workload import Component, Workload
+from pipefit.errors import InvalidRequest
 from pipefit.strategies.live import (
     DISPATCH_ATTRIBUTES,
     ENTRY_METHODS,
@@ -41,7 +44,7 @@ from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
 from pipefit.strategies.streaming import entry_hook
 
-PARAMETERS = ("device", "split", "map", "mode")
+PARAMETERS = ("device", "split", "map", "mode", "max_memory")
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 """What accelerate can be asked to work out for a model; ``auto`` is its ``balanced``."""
 _SPLIT = re.compile(r"\d+:\d+(\+\d+:\d+)+")
@@ -71,7 +74,9 @@ class DeviceMap:
         wrong = unknown_parameter(self.name, parameters, PARAMETERS)
         if wrong:
             return wrong
-        if len(parameters) != 1:
+        if "max_memory" in parameters and "mode" not in parameters:
+            return "device_map:max_memory is the room that a mode fills: name the mode as well."
+        if len({*parameters} - {"max_memory"}) != 1:
             return "device_map takes one of device=1, split=0:30+1:27, map and mode=balanced."
         if "mode" in parameters:
             return "device_map:mode is what the libraries would choose: it can only be predicted."
@@ -141,12 +146,41 @@ def numbered(main: Any, index: int) -> Any:
     return main if main.type == "cpu" else torch.device(main.type, index)
 
 
-def stock_map(
-    component: Component, mode: str, room_bytes: Mapping[int, int]
-) -> dict[str, int | str]:
-    """Return where accelerate would put the modules of *component*: on GPUs, or ``"cpu"``.
+def rooms_of(max_memory: Any) -> dict[int | str, int]:
+    """Return the bytes by GPU, and of the ``"cpu"``, that accelerate's *max_memory* stands for.
 
-    It is asked itself, about modules without weights that have the component's names and classes.
+    >>> rooms_of("0:10GB+cpu:30GB") == rooms_of({0: "10GB", "cpu": 30 * 10**9})
+    True
+
+    Raises:
+        InvalidRequest: if it is no such thing, or names no GPU.
+    """
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(max_memory, Mapping):
+        pairs = list(max_memory.items())
+    elif isinstance(max_memory, str):
+        parts = [part.partition(":") for part in max_memory.split("+")]
+        pairs = [(int(key) if key.isdecimal() else key, size) for key, _, size in parts]
+    rooms = {
+        key: parse_bytes(size)
+        for key, size in pairs
+        if key == "cpu" or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
+    }
+    if len(rooms) < len(pairs) or not {*rooms} - {"cpu"}:
+        raise InvalidRequest(
+            "device_map:max_memory gives each GPU once, and the cpu, its room, as in "
+            f"0:10GB+1:8GB+cpu:30GB, but was {max_memory!r}."
+        )
+    return rooms
+
+
+def stock_map(
+    component: Component, mode: str, room_bytes: Mapping[int | str, int]
+) -> dict[str, int | str]:
+    """Return where accelerate would put the modules of *component*: on GPUs, ``"cpu"``, ``"disk"``.
+
+    The CPU has room for anything, unless *room_bytes* says how much. It is asked itself, about
+    modules without weights that have the component's names and classes.
     """
     import torch
     from accelerate import infer_auto_device_map
@@ -171,7 +205,7 @@ def stock_map(
         made_of[tensor.path] = made_of.get(str(tensor.tied_to), own)
         modules[above].register_parameter(name, made_of[tensor.path])
     whole = list(component.traits.get(NO_SPLIT_MODULES, ()))
-    room = {**room_bytes, "cpu": 1 << 60}  # for anything: what lands there is said
+    room = {"cpu": 1 << 60, **room_bytes}
     log = logging.getLogger("accelerate")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of GPUs that are not in this computer
@@ -192,7 +226,10 @@ def devices_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
         return (parameters["device"],)
     if isinstance(parameters.get("map"), Mapping):
         return tuple(parameters["map"].values())
-    return tuple(int(index) for index in re.findall(r"(\d+):", str(parameters.get("split", ""))))
+    if isinstance(parameters.get("max_memory"), Mapping):
+        return tuple(index for index in parameters["max_memory"] if isinstance(index, int))
+    said = str(parameters.get("split", parameters.get("max_memory", "")))
+    return tuple(int(index) for index in re.findall(r"(\d+):", said))
 
 
 def home_of(options: Sequence[Option], component: str | None, main: Any) -> Any:

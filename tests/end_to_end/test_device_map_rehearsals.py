@@ -9,6 +9,8 @@ from tests.strategies.test_device_map import CARDS, CASES, untouched
 from pipefit.cost_models.memory import MemoryModel, simulate
 from pipefit.cost_models.placement import Resident
 from pipefit.cost_models.prediction import Choice
+from pipefit.planner import api
+from pipefit.planner.catalog import reference_machine
 from pipefit.planner.rehearse import rehearse
 from pipefit.planner.trace import trace
 from pipefit.strategies import strategy, traits_of
@@ -48,3 +50,29 @@ def test_each_gpu_allocates_what_the_replay_says(case: str) -> None:
             # The sums that the search adds up have both workspaces in every phase.
             assert sum(added) >= found_bytes * (1 - SAME)
             assert sum(added) <= found_bytes * (1 + SAME) + model.cublas_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("pixart_sigma", "device_map:mode=auto,max_memory=0:{most}+1:{twice}@transformer"),
+        ("pixart_sigma", "device_map:mode=sequential,max_memory=1:{twice}+0:{most}@transformer"),
+        ("flux", "device_map:mode=balanced,max_memory=0:1GB+1:2GB"),
+    ],
+)
+def test_a_stock_map_with_max_memory_is_carried_out_as_it_is_predicted(
+    name: str, asked: str
+) -> None:
+    pipe, _ = untouched(name)
+    whole = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
+    asked = asked.format(most=f"{5 * whole // 6}B", twice=f"{2 * whole}B")
+    pair = reference_machine(["rtx-4060", "rtx-4060"], ram_bytes=32 * 10**9)
+    predicted = api.predict(pipe, [asked], call=small_call(name), machine=pair)
+    assert any({"device", "map"} & {*o.parameters} for o in predicted.options)
+    main = predicted.peak_vram[0].device
+    rehearsal = rehearse(pipe, predicted.options, small_call(name), pair.gpus, main=main)
+    held = {(p.component, p.entry, p.device): p.allocated_bytes for p in rehearsal.phases}
+    assert {phase.device for phase in predicted.phases} == {0, 1}
+    for phase in predicted.phases:
+        found_bytes = held[phase.component, phase.entry, phase.device]
+        assert phase.allocated_bytes == pytest.approx(found_bytes, rel=SAME)

@@ -323,6 +323,25 @@ def test_a_component_is_put_where_it_was_asked_for() -> None:
     assert any(o.strategy == "resident" and o.component == "vae" for o in predicted.options)
     with pytest.raises(pipefit.InvalidRequest, match="names GPU 7"):
         api.predict(pipe, ["device_map:device=7@vae"], call=call, machine=PAIR)
+    with pytest.raises(pipefit.InvalidRequest, match="names GPU 7"):
+        api.predict(
+            pipe, ["device_map:mode=auto,max_memory=0:1GB+7:1GB@vae"], call=call, machine=PAIR
+        )
+    with pytest.raises(
+        pipefit.InvalidRequest, match=r"leaves \d+ modules of transformer on no GPU"
+    ):
+        api.predict(
+            pipe,
+            [
+                Option(
+                    strategy="device_map",
+                    component="transformer",
+                    parameters={"mode": "sequential", "max_memory": {0: "1KB", 1: "2KB"}},
+                )
+            ],
+            call=call,
+            machine=PAIR,
+        )
     with pytest.raises(pipefit.InvalidRequest, match="can only be predicted"):
         api.plan(pipe, "1GB", call=call, machine=PAIR, with_=["device_map:mode=balanced"])
 

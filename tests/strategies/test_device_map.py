@@ -21,7 +21,7 @@ from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import run_call
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.describe import describe_component
-from pipefit.strategies.device_map import MODES, stock_map
+from pipefit.strategies.device_map import MODES, rooms_of, stock_map
 from pipefit.strategies.live import module_components
 from pipefit.strategies.strategy import Option
 
@@ -187,11 +187,55 @@ def test_accelerate_maps_names_and_sizes_as_it_maps_the_model(
     assert stock_map(found, mode, dict.fromkeys(range(3), third)) == dict(expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_max_memory_is_understood_as_accelerate_understands_it(mode: str) -> None:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    pipe, _ = untouched("flux")
+    module, found = pipe.transformer, described(pipe, "transformer")
+    kilobytes = found.weight_bytes // 1000
+    asked = {
+        1: f"{kilobytes // 2}KB",
+        0: f"{kilobytes // 3}KB",
+        2: found.weight_bytes // 2,
+        "cpu": "1GiB",
+    }
+    whole = module._no_split_modules
+    room = get_max_memory(dict(asked))
+    if mode != "sequential":
+        room = get_balanced_memory(
+            module, room, no_split_module_classes=whole, low_zero=mode == "balanced_low_0"
+        )
+    expected = dict(infer_auto_device_map(module, room, no_split_module_classes=whole))
+    assert stock_map(found, mode, rooms_of(asked)) == expected
+    assert len(set(expected.values())) > 1
+    written = "+".join(f"{place}:{size}" for place, size in asked.items())
+    assert rooms_of(written) == rooms_of(asked)
+
+
+@pytest.mark.parametrize(
+    "max_memory",
+    ["10GB", "0:10GB+0:8GB", "cpu:30GB", "gpu:8GB", "", 8, {}, {True: "8GB"}, {"0": "8GB"}],
+)
+def test_a_max_memory_that_cannot_be_meant_is_refused_in_a_sentence(max_memory: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"gives each GPU once.*as in 0:10GB\+1:8GB\+cpu:30GB"):
+        rooms_of(max_memory)
+
+
+@pytest.mark.parametrize("size", ["much", "80%", "-1GB", ""])
+def test_a_room_that_is_no_size_is_refused_in_a_sentence(size: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"The size '{size}' was not understood"):
+        rooms_of({0: size, 1: "8GB"})
+
+
 @pytest.mark.parametrize(
     ("name", "component", "parameters", "words"),
     [
         ("flux", "vae", {}, "one of device=1"),
         ("flux", "vae", {"mode": "balanced"}, "can only be predicted"),
+        ("flux", "vae", {"mode": "auto", "max_memory": "0:1GB"}, "can only be predicted"),
+        ("flux", "vae", {"device": 1, "max_memory": "0:1GB"}, "name the mode"),
         ("flux", "vae", {"map": {"encoder": 0, "decoder": 0}}, "names a single GPU"),
         ("flux", "vae", {"map": {"encoder": 0, "quant_conv": 1}}, "names decoder"),
         ("flux", "vae", {"map": {"encoder": "cpu"}}, "index of a GPU"),
