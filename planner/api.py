@@ -19,7 +19,7 @@ from pipefit.cost_models.sharing import Models
 from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
-from pipefit.planner.devices import DevicePricing, price_devices, stock
+from pipefit.planner.devices import DevicePricing, price_devices
 from pipefit.planner.options import (
     Pricing,
     Shared,
@@ -39,6 +39,7 @@ from pipefit.planner.policy import (
 )
 from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
+from pipefit.planner.stock_maps import stock
 from pipefit.planner.workloads import Observed, Progress, observe, source_of
 from pipefit.strategies import BUILT_IN, quality_of
 from pipefit.strategies.device_map import devices_of

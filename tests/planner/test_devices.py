@@ -25,11 +25,12 @@ from pipefit.cost_models.workload import Kernel, Workload, variant_key
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import decide
-from pipefit.planner.devices import DevicePricing, main_gpus, price_devices, stock
+from pipefit.planner.devices import DevicePricing, main_gpus, price_devices
 from pipefit.planner.options import Pricing, process_options
 from pipefit.planner.plan import Plan
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Limits, search
+from pipefit.planner.stock_maps import stock
 from pipefit.planner.workloads import Observed, observe
 from pipefit.strategies.attention import backend_name
 from pipefit.strategies.live import attention_backends, balanced_components
