@@ -170,7 +170,7 @@ def part_peak_bytes(
                     peak, left = walk(callee, below)
                 else:
                     was_here, moved_bytes = before
-                    left = tuple(map(block_bytes, returned_bytes(workload, callee)))
+                    left = timeline.returned(callee)
                     is_there = place_of(places, below) == device
                     before = is_there, sum(left)
                     if is_there:

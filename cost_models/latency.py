@@ -1012,6 +1012,8 @@ class LatencyModel:
 
 
 def _total(parts: Sequence[RoutineCost]) -> RoutineCost:
+    if len(parts) == 1:
+        return parts[0]
     return RoutineCost(
         gpu_s=math.fsum(p.gpu_s for p in parts),
         num_launches=sum(p.num_launches for p in parts),

@@ -202,6 +202,11 @@ class Course:
         self._order = list(order)
         self._twice = self._order * 2
         issue, place, streamed = self.issue, 0, self._streamed
+        if self._is_loaded and not streamed:
+            # Whatever stays has arrived.
+            for _, steps in windows:
+                issue.go(steps)
+            return
         for block, steps in windows:
             if block is None:
                 issue.go(steps)

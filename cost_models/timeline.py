@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipefit.cost_models.allocator import allocated_bytes, block_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.residency import GroupHooks
-from pipefit.cost_models.workload import Workload, split_path
+from pipefit.cost_models.workload import Workload, returned_bytes, split_path
 from pipefit.cost_models.workspace import scratch_bytes
 
 
@@ -51,6 +51,7 @@ class Timeline:
         )
         self._outcomes: dict[tuple[int, tuple[int, ...]], Outcome] = {}
         self._launches_gemm: dict[int, bool] = {}
+        self._returned: dict[int, tuple[int, ...]] = {}
         self.streamed_outcomes: dict[object, Outcome] = {}
         """What memory models of this timeline have found out about calls that bring weights."""
 
@@ -81,6 +82,14 @@ class Timeline:
         return _Walk(self, hooks, component, weight_ratio).call(
             routine, outside_bytes, component, "", is_entered=True
         )
+
+    def returned(self, routine: int) -> tuple[int, ...]:
+        """Return the blocks of what a call of *routine* leaves behind, as copied to another GPU."""
+        found = self._returned.get(routine)
+        if found is None:
+            sizes = returned_bytes(self.workload, routine)
+            found = self._returned[routine] = tuple(map(block_bytes, sizes))
+        return found
 
     def launches_gemm(self, routine: int) -> bool:
         """Whether a matrix product runs in *routine* or below: then cuBLAS takes its workspace."""

@@ -260,8 +260,11 @@ class DevicePricing:
         """Return what *component* takes in every column."""
         found: list[int] = []
         nowhere = (0,) * len(self.workload.phases)
+        somewhere = {self.main, choice.device}
+        if isinstance(choice.placement, Split):
+            somewhere |= set(places_of(component, choice.placement).values())
         for index in self.gpus:
-            if choice.device is not None and index not in (choice.device, self.main):
+            if index not in somewhere:
                 found += nowhere
                 continue
             memory = self._on[index].memory
