@@ -13,6 +13,9 @@ And ``catalogue``: four pipelines of the catalogue, every strategy in play (qual
 allowed) on an RTX 4090, within 6, 8 … 24 GB. Their traces are made first, if they are not
 remembered: minutes.
 
+And ``devices``: a plan over sixteen uneven GPUs, of two kinds and of sixteen, pricing and search;
+the goal is 2 s for both. ``python -m benchmarks.search_speed --only-devices`` prints these alone.
+
 Printed are the median, the 90th percentile and the worst, in milliseconds of this process, of the
 search alone; pricing the candidates comes before. The goal is 100 ms with all strategies. The
 constants of the search were chosen on the seeds of the first two, so other instances may do worse.
@@ -21,27 +24,41 @@ constants of the search were chosen on the seeds of the first two, so other inst
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.sharing import Models
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import Candidates, limits_of
+from pipefit.planner.devices import price_devices
 from pipefit.planner.options import Pricing, Shared, process_options
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Candidate, Limits, Problem, search, smallest_budget
-from pipefit.planner.workloads import observe
-from pipefit.strategies.strategy import Quality
+from pipefit.planner.workloads import Observed, observe
+from pipefit.strategies.strategy import Option, Quality
 
 NUM_COMPONENTS, NUM_CANDIDATES, NUM_PHASES = 6, 200, 8
 GB = 10**9
 BUDGET_FACTORS = (1.02, 1.1, 1.3, 1.6, 2.5)
 PIPELINES = ("flux.1-dev", "stable-diffusion-xl-base-1.0", "wan2.2-t2v-a14b", "qwen-image")
 BUDGETS_GB = range(6, 25, 2)
+SIXTEEN = {
+    "two kinds": ("rtx-4090", "rtx-3090") * 8,
+    "sixteen kinds": (
+        "rtx-4090", "rtx-3090", "rtx-4080", "rtx-3080-10gb", "a100-40gb", "l4", "rtx-4060",
+        "rtx-3060-12gb", "rtx-4070", "rtx-3070", "t4", "v100-16gb", "a10g", "l40s", "rtx-5090",
+        "rtx-2080-ti",
+    ),
+}  # fmt: skip
+SIXTEEN_PIPELINES = ("flux.1-dev", "wan2.2-t2v-a14b")
 
 
 def placement(rng: np.random.Generator, component: int, index: int) -> Candidate:
@@ -144,13 +161,66 @@ def catalogue(name: str) -> list[float]:
     return taken_ms
 
 
+def devices(name: str, kinds: Sequence[str]) -> tuple[float, float]:
+    """Return the seconds of pricing and of searching a plan over sixteen GPUs, no two alike.
+
+    Their budgets grow from 7 GB by 0.6, as far as their memory goes.
+    """
+    machine = reference_machine(kinds, ram_bytes=256 * GB)
+    budgets = {
+        gpu.index: min(gpu.total_bytes, 7 * GB + gpu.index * 6 * GB // 10) for gpu in machine.gpus
+    }
+    policy = Policy(budget_bytes=budgets)
+    traced_s = 0.0
+
+    def observed(gpu: Gpu) -> list[Observed]:
+        nonlocal traced_s
+        started_s = time.process_time()
+        found = observe(name, {}, gpu=gpu, policy=policy)
+        traced_s += time.process_time() - started_s
+        return found
+
+    def priced(seen: Observed, gpu: Gpu, switches: Sequence[Option], models: Models) -> Pricing:
+        return Pricing(
+            seen.workload,
+            gpu,
+            load_options=seen.load_options,
+            process_options=switches,
+            held_bytes=seen.held_bytes,
+            num_cores=machine.host.num_cores,
+            models=models,
+        )
+
+    started_s = time.process_time()
+    pricings = price_devices(observed, priced, machine, budgets, policy)
+    problems = Candidates(pricings, policy).problems
+    priced_s = time.process_time() - started_s - traced_s
+    started_s = time.process_time()
+    assert search(problems, limits_of(policy, machine, None, 0)) is not None
+    return priced_s, time.process_time() - started_s
+
+
 def main() -> None:
     """Print a line for each family."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--adversarial-seeds", type=int, default=1)
+    parser.add_argument("--only-devices", action="store_true")
     arguments = parser.parse_args()
-    print(f"Python {platform.python_version()}, numpy {np.__version__}, {platform.processor()}")
+    print(
+        f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    for name, (about, kinds) in itertools.product(SIXTEEN_PIPELINES, SIXTEEN.items()):
+        devices(name, kinds)  # its traces, and whatever is imported on the way
+        pricing_s, search_s = devices(name, kinds)
+        print(
+            f"devices      {name} over sixteen GPUs of {about}: "
+            f"pricing {pricing_s:.2f} s, search {search_s:.2f} s",
+            flush=True,
+        )
+    if arguments.only_devices:
+        return
     for family, num_seeds in (
         (placement, arguments.seeds),
         (adversarial, arguments.adversarial_seeds),

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from pipefit.cost_models.blocks import Blocks
-from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, Step, steps_of
+from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, steps_of
 from pipefit.cost_models.devices import block_calls, place_of, places_of, travelled_bytes
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
@@ -37,7 +37,7 @@ from pipefit.cost_models.placement import (
     Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
-from pipefit.cost_models.streaming import CallTimes, Window, cut_of, windows_of
+from pipefit.cost_models.streaming import CallTimes, Window, cut_of, parts_of
 from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
@@ -496,10 +496,19 @@ def launch_seconds(gpu: Gpu) -> float:
     return SERVER_LAUNCH_S if gpu.server else DESKTOP_LAUNCH_S
 
 
+_Parts = dict[
+    tuple[int, tuple[str, ...]],
+    tuple[list[tuple[int | None, int]], tuple[tuple[Event, ...], ...]],
+]
+"""Routine and paths of blocks -> the parts of a call, each with its block and the number of what is
+launched there, and what that is. The same on every GPU; tiles consist of the same again."""
+
+
 class _Known:
     """What has been worked out about routines, by their number, and about the calls of blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: _Parts) -> None:
+        self.parts = parts
         self.host_s: dict[int, float] = {}
         self.kernels: dict[tuple[int, Attention], RoutineCost] = {}
         self.routines: dict[tuple[int, Attention], RoutineCost] = {}
@@ -526,16 +535,18 @@ class LatencyModel:
         *,
         num_cores: int = 1,
         like: LatencyModel | None = None,
+        beside: LatencyModel | None = None,
     ) -> None:
         """*like* is a model of the same GPU and flags, of a workload with the same table of
-        routines: what it remembers is remembered together."""
+        routines: what it remembers is remembered together. *beside* is one of any GPU."""
         self.workload = workload
         self.gpu = gpu
         self.flags = flags
         self.num_cores = num_cores
         """Those of the host, for what it computes itself."""
         self._launch_s = launch_seconds(gpu)
-        self._known: _Known = _Known() if like is None else like._known
+        parts: _Parts = {} if beside is None else beside._known.parts
+        self._known: _Known = _Known(parts) if like is None else like._known
         self._component_groups: dict[tuple[str, Placement], Groups] = {}
         self._call_times: dict[object, CallTimes] = {}
         self._order = calls_in_order(workload)
@@ -953,19 +964,27 @@ class LatencyModel:
         self, routine: int, cut: Blocks, attention: Attention, compute_factor: float
     ) -> tuple[Window, ...]:
         """Return the windows of one call of *routine*, equal ones as the same object."""
-        place = routine, attention, compute_factor, tuple(block.path for block in cut.blocks)
+        where = routine, tuple(block.path for block in cut.blocks)
+        place = *where, attention, compute_factor
         found = self._known.windows.get(place)
         if found is None:
-            known: dict[object, tuple[Step, ...]] = {}
-
-            def steps(events: Sequence[Event]) -> tuple[Step, ...]:
-                what = tuple(event[:2] for event in events)  # tiles consist of the same again
-                if what not in known:
-                    runs = (run for event in events for run in self._runs(event, attention))
-                    known[what] = steps_of(runs, self._launch_s, gpu_factor=compute_factor)
-                return known[what]
-
-            made = windows_of(self.workload, routine, cut, steps)
+            if where not in self._known.parts:
+                numbers: dict[tuple[Event, ...], int] = {}
+                parts = [
+                    (block, numbers.setdefault(tuple(e[:2] for e in events), len(numbers)))
+                    for block, events in parts_of(self.workload, routine, cut)
+                ]
+                self._known.parts[where] = parts, tuple(numbers)
+            parts, different = self._known.parts[where]
+            steps = [
+                steps_of(
+                    (run for event in events for run in self._runs(event, attention)),
+                    self._launch_s,
+                    gpu_factor=compute_factor,
+                )
+                for events in different
+            ]
+            made = tuple(Window(block, steps[number]) for block, number in parts)
             found = self._known.windows[place] = self._known.equal_windows.setdefault(made, made)
         return found
 

@@ -100,7 +100,7 @@ class Models:
     def __init__(self) -> None:
         self._timelines: dict[object, Timeline] = {}
         self._memories: dict[object, MemoryModel] = {}
-        self._latencies: dict[object, LatencyModel] = {}
+        self._latencies: dict[tuple[object, ...], LatencyModel] = {}
         self.known: dict[object, Any] = {}
         """What those who ask the models work out, by keys of their own."""
 
@@ -124,9 +124,17 @@ class Models:
     ) -> LatencyModel:
         """Return a latency model that remembers together with others of a GPU like that one."""
         key = id(workload.routines), figures(gpu), flags, num_cores
-        like = self._latencies.get(key)
-        made = LatencyModel(workload, gpu, flags, num_cores=num_cores, like=like)
-        return self._latencies.setdefault(key, made) if like is None else made
+        beside = next((m for (r, *_), m in self._latencies.items() if r == key[0]), None)
+        made = LatencyModel(
+            workload,
+            gpu,
+            flags,
+            num_cores=num_cores,
+            like=self._latencies.get(key),
+            beside=beside,
+        )
+        self._latencies.setdefault(key, made)
+        return made
 
 
 def figures(gpu: Gpu) -> str:

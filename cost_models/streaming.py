@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -116,27 +116,17 @@ def turns(order: Sequence[str], name: str, load_with: str | None) -> tuple[bool,
     return tuple(called in (name, load_with) for called in order)
 
 
-def windows_of(
-    workload: Workload,
-    routine: int,
-    cut: Blocks,
-    steps_of: Callable[[Sequence[Event]], tuple[Step, ...]],
-) -> tuple[Window, ...]:
-    """Cut one call of *routine* at the blocks of its component.
-
-    *steps_of* says what kernels and whole calls in a row consist of, given their events.
-    """
+def parts_of(
+    workload: Workload, routine: int, cut: Blocks
+) -> Iterator[tuple[int | None, Sequence[Event]]]:
+    """Cut one call of *routine* at the blocks of its component: yield each block with its call, and
+    what lies between them."""
     number = {block.path: i for i, block in enumerate(cut.blocks)}
     above = {prefix for path in number for prefix in modules_above(path)}
-    found: list[Window] = []
     between: list[Event] = []
 
-    def end_gap() -> None:
-        if between:
-            found.append(Window(None, steps_of(between)))
-            between.clear()
-
-    def walk(index: int, path: str) -> None:
+    def walk(index: int, path: str) -> Iterator[tuple[int | None, Sequence[Event]]]:
+        nonlocal between
         for event in workload.routines[index].events:
             if event[0] == "k":
                 between.append(event)
@@ -144,16 +134,18 @@ def windows_of(
                 relative = event[2]
                 below = "/" if relative[:1] == "/" else ".".join(filter(None, (path, relative)))
                 if below in number and relative:
-                    end_gap()
-                    found.append(Window(number[below], steps_of([event])))
+                    if between:
+                        yield None, between
+                        between = []
+                    yield number[below], [event]
                 elif below in above:
-                    walk(event[1], below)
+                    yield from walk(event[1], below)
                 else:
                     between.append(event)
 
-    walk(routine, "")
-    end_gap()
-    return tuple(found)
+    yield from walk(routine, "")
+    if between:
+        yield None, between
 
 
 class Course:
@@ -201,30 +193,41 @@ class Course:
         """Go through one call; *order* are the blocks of it, of which some may come again."""
         self._order = list(order)
         self._twice = self._order * 2
-        issue, place, streamed = self.issue, 0, self._streamed
-        if self._is_loaded and not streamed:
-            # Whatever stays has arrived.
-            for _, steps in windows:
-                issue.go(steps)
-            return
-        for block, steps in windows:
+        issue, streamed = self.issue, self._streamed
+        for block, steps, place in self._parts(windows):
             if block is None:
                 issue.go(steps)
-                continue
-            place += 1
-            if block not in streamed:
-                arrival_s = self._kept_ready_s.get(block, 0.0)
-                if arrival_s > issue.gpu_s:
-                    issue.gpu_s = arrival_s
+            elif block not in streamed:
+                issue.gpu_s = max(issue.gpu_s, self._kept_ready_s.get(block, 0.0))
                 issue.go(steps)
-                continue
-            issue.host_s += BLOCK_HOOK_S
-            issue.gpu_s = max(issue.gpu_s, self._arrival(block))
-            issue.go(steps)
-            self._ready_s.pop(block, None)
-            self._give_up(issue.gpu_s)
-            self._fill_from(place, issue.host_s)
+            else:
+                issue.host_s += BLOCK_HOOK_S
+                issue.gpu_s = max(issue.gpu_s, self._arrival(block))
+                issue.go(steps)
+                self._ready_s.pop(block, None)
+                self._give_up(issue.gpu_s)
+                self._fill_from(place, issue.host_s)
         self._is_loaded = True
+
+    def _parts(self, windows: Sequence[Window]) -> list[tuple[int | None, Sequence[Step], int]]:
+        """Return the block, the steps, and the blocks so far, of each part of a call.
+
+        Once all that stays has arrived, what lies between two streamed blocks is one part.
+        """
+        found: list[tuple[int | None, Sequence[Step], int]] = []
+        between: list[Step] = []
+        place = 0
+        for block, steps in windows:
+            place += block is not None
+            if not self._is_loaded:
+                found.append((block, steps, place))
+            elif block in self._streamed:
+                found.append((None, between, place))
+                found.append((block, steps, place))
+                between = []
+            else:
+                between.extend(steps)
+        return [*found, (None, between, place)]
 
     def _give_up(self, done_s: float) -> None:
         """As the engine's: out of ordinary memory, a slot rests until the next block is issued."""

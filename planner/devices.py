@@ -40,6 +40,7 @@ from pipefit.planner.options import (
 )
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
+from pipefit.planner.trace_cache import without_garbage_collection
 from pipefit.planner.workloads import Observed
 from pipefit.strategies import conflict_of, strategy
 from pipefit.strategies.strategy import Conditional, Option
@@ -109,6 +110,10 @@ class DevicePricing:
 
     def problems(self, policy: Policy) -> list[Problem]:
         """Return the problems of this main GPU: components anywhere, or all taking turns on it."""
+        with without_garbage_collection():
+            return self._problems(policy)
+
+    def _problems(self, policy: Policy) -> list[Problem]:
         own = self._on[self.main].problems(policy)
         mixed = next((problem for problem in own if problem.name == MIXED), None)
         wide = [problem for problem in own if problem is not mixed]

@@ -247,7 +247,7 @@ def _unpacked(entry: bytes, identity: str, name: str, from_json: Callable[[Any],
     if head != _MAGIC + hashlib.sha256(body).hexdigest().encode():
         return None
     try:
-        with _without_garbage_collection():
+        with without_garbage_collection():
             content = json.loads(zlib.decompress(body))
             return from_json(content[name]) if content["identity"] == identity else None
     except (zlib.error, ValueError, KeyError, TypeError):
@@ -255,8 +255,9 @@ def _unpacked(entry: bytes, identity: str, name: str, from_json: Callable[[Any],
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Spare the collector a hundred thousand tuples, none of them garbage; it saves a quarter."""
+def without_garbage_collection() -> Iterator[None]:
+    """Spare the collector a hundred thousand tuples, none of them garbage; it saves a quarter of
+    reading them, and an eighth of pricing what they stand for."""
     was_on = gc.isenabled()
     gc.disable()
     try:
