@@ -277,13 +277,13 @@ def put_in_force(pipe: Any, plan: Plan, *, loaded: Sequence[Option] = ()) -> App
     from pipefit.planner.apply import apply_options
     from pipefit.planner.guard import hold_to_budget
 
-    device = _torch_device(plan.gpu)
+    device = torch_device(plan.gpu)
     applied = apply_options(pipe, plan.options, device, plan=plan, loaded=loaded)
     try:
         for gpu, peak in zip(plan.gpus, plan.prediction.peak_vram, strict=True):
             applied.also_undo(
                 hold_to_budget(
-                    _torch_device(gpu),
+                    torch_device(gpu),
                     budget_bytes=plan.policy.budget_bytes[gpu.index],
                     context_bytes=peak.context_bytes,
                 )
@@ -422,7 +422,7 @@ def _on_device(budget: BudgetRequest, machine: Machine, index: int | None) -> Bu
     return {index: budget} if isinstance(budget, (str, int, float)) else budget
 
 
-def _torch_device(gpu: Gpu) -> str:
+def torch_device(gpu: Gpu) -> str:
     """Return how torch names *gpu*."""
     kinds = {"cpu": "cpu", "apple": "mps"}
     if gpu.architecture in kinds:

@@ -7,21 +7,27 @@ larger weights nor a second copy of them is ever in memory.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner import api
 from pipefit.planner.build import DTYPES, build_pipeline, quietly
+from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import pipeline_entry
+from pipefit.planner.plan import Plan
 from pipefit.planner.policy import BudgetRequest
 from pipefit.planner.workloads import Progress
 from pipefit.strategies import strategy
+from pipefit.strategies.live import module_components
 from pipefit.strategies.loader_config import loader_config
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, Remembered, remember_prompts
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.strategy import Imitated, Option, Quality
 
@@ -82,8 +88,18 @@ def load(
     )
     at_load = [option for option in made.options if _is_at_load(option)]
     _check_packages(at_load)
-    pipe = _read(folder, chosen, at_load, progress)
-    pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
+    done = list(at_load)
+    gone: tuple[str, ...] = ()
+    remembered = None
+    if any(option.strategy == "prompt_first" for option in made.options):
+        gone = _only_encoding(made)
+        say = progress or (lambda text: None)
+        remembered = _encoded(folder, chosen, made, at_load, call or {}, gone, say)
+        done += [o for o in made.options if o.component in gone or o.strategy == "prompt_first"]
+    pipe = _read(folder, chosen, at_load, gone, progress)
+    pipe.pipefit = api.put_in_force(pipe, made, loaded=done)
+    if remembered is not None:
+        pipe.pipefit.also_undo(remember_prompts(pipe, remembered))
     return pipe
 
 
@@ -142,9 +158,11 @@ def _read(
     folder: Path,
     dtype: Mapping[str, str],
     at_load: Sequence[Option],
+    gone: Sequence[str],
     progress: Progress | None,
 ) -> DiffusionPipeline:
-    """Read the weights in *dtype*, as far as *at_load* says nothing else."""
+    """Read the weights in *dtype*, as far as *at_load* says nothing else, but those of *gone*."""
+    at_load = [option for option in at_load if option.component not in gone]
     casts = {o.component: o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
     stored = {o.component: o for o in at_load if o.strategy != "precision"}
     index = DiffusionPipeline.load_config(folder)
@@ -156,6 +174,7 @@ def _read(
         progress(f"reading the weights of {folder.name} …")
     asked: dict[str, Any] = {
         "dtype": {name: DTYPES[value] for name, value in {**dtype, **casts}.items()},
+        **dict.fromkeys(gone),
     }
     if configs:
         asked["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=configs)
@@ -163,6 +182,77 @@ def _read(
         return DiffusionPipeline.from_pretrained(folder, **asked)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(str(folder), error) from error
+
+
+# -- prompt_first
+
+
+def _only_encoding(made: Plan) -> tuple[str, ...]:
+    """Return the components that the call enters to encode the prompt, and for nothing else."""
+    phases: dict[str, set[str]] = {}
+    for phase in made.prediction.phases:
+        phases.setdefault(phase.component, set()).add(phase.name)
+    return tuple(name for name, names in phases.items() if names == {ENCODE_PROMPT})
+
+
+def _encoded(
+    folder: Path,
+    dtype: Mapping[str, str],
+    made: Plan,
+    at_load: Sequence[Option],
+    call: Mapping[str, Any],
+    encoders: Sequence[str],
+    progress: Progress,
+) -> Remembered:
+    """Load the text *encoders* alone, encode the prompt of *call*, and let go of them.
+
+    With which arguments the pipeline encodes, its own call says: without weights it is executed up
+    to where something else than a text encoder is needed.
+    """
+    with quietly():
+        twin, info = build_pipeline(folder, dtype=dtype)
+        arguments = default_inputs(twin, info.entry, call)
+    others = [name for name in module_components(twin) if name not in encoders]
+    part = _read(folder, dtype, at_load, others, progress)
+    elsewhere = [option for option in made.options if option.component not in (None, *encoders)]
+    first = [option for option in made.options if option.strategy == "prompt_first"]
+    applied = api.put_in_force(part, made, loaded=[*at_load, *elsewhere, *first])
+    remembered = Remembered(is_all=True)
+    device = torch.device(api.torch_device(made.gpu))
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(part.encode_prompt).bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if isinstance(value, torch.device):
+                bound.arguments[name] = device
+        noted = {k: v for k, v in vars(twin).items() if k not in before}
+        vars(part).update(noted)  # what the call has set before it encodes
+        result = part.encode_prompt(*bound.args, **bound.kwargs)
+        remembered.add(bound.arguments, result)
+        return result
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _Encoded
+
+    vars(twin)[ENCODE_PROMPT] = encode
+    before = set(vars(twin))
+    for name in others:
+        for entry in ("forward", "encode", "decode"):
+            vars(getattr(twin, name))[entry] = stop
+    twin.scheduler.set_timesteps = stop
+    try:
+        with quietly(), torch.no_grad():
+            twin(**arguments)
+    except _Encoded:
+        pass
+    finally:
+        applied.undo()
+    return remembered
+
+
+class _Encoded(Exception):
+    """The prompt is encoded; what follows needs weights."""
 
 
 def _not_loaded(source: str, error: Exception) -> InvalidRequest:

@@ -25,7 +25,8 @@ placement: where one component's weights are, exactly one per component.
 pipeline_placement: the same, for all components at once (model and sequential offload).
 compute: changes how the component computes; its effect on memory and time is traced.
 load: how the weights are stored (dtype, fewer bits); changes the whole trace.
-process: a switch of the whole process; the same tensors, other kernels, so it is not traced."""
+process: a switch of the whole process or pipeline; one call needs the same tensors, so it is not
+traced."""
 
 
 class Quality(str, enum.Enum):

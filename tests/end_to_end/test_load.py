@@ -123,3 +123,16 @@ def test_a_folder_without_weights_is_said(saved: Callable[[str], Path], tmp_path
     shutil.copytree(saved("stable_diffusion_xl"), tmp_path / "bare", ignore=ignored)
     with pytest.raises(pipefit.InvalidRequest, match="could not be loaded"):
         loaded(tmp_path / "bare", "stable_diffusion_xl")
+
+
+def test_text_encoders_are_gone_once_the_prompt_is_encoded(saved: Callable[[str], Path]) -> None:
+    name = "stable_diffusion_xl"
+    expected = picture(loaded(saved(name), name), name)
+    pipe = loaded(saved(name), name, with_=["prompt_first"])
+    assert pipe.text_encoder is None
+    # Text encoders lie as in their file now, where the CPU's kernels add up otherwise.
+    assert torch.allclose(picture(pipe, name), expected, atol=1e-5)
+    with pytest.raises(pipefit.InvalidRequest, match="another prompt"):
+        picture(pipe, name, prompt="something else")
+    pipe.pipefit.undo()
+    assert "encode_prompt" not in vars(pipe)
