@@ -188,8 +188,14 @@ def _check_weights(pipe: Any) -> None:
 
 def _check_options(pipe: Any, options: Sequence[Option]) -> None:
     modules = module_components(pipe)
+    # Others find the weights packed by then, though they are not yet.
+    packed = {
+        option.component: {"quantized_by": option.parameters.get("backend")}
+        for option in options
+        if option.strategy == "quantization"
+    }
     described = {
-        name: describe_component(name, module, traits_of(module))
+        name: describe_component(name, module, {**traits_of(module), **packed.get(name, {})})
         for name, module in modules.items()
     }
     placed: dict[str, Option] = {}
