@@ -18,11 +18,11 @@ from tests.small_pipelines import SMALL_PIPELINES, picture
 from tests.strategies.described import described
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pipefit.errors import ApplyFailed, InvalidRequest
-from pipefit.planner.apply import apply_options
+from pipefit.errors import ApplyFailed, InvalidRequest, UnsupportedPipeline
+from pipefit.planner.apply import apply_options, check_pipeline
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies import strategy
-from pipefit.strategies.live import device_restorer, tensor_slots
+from pipefit.strategies.live import device_restorer, module_components, tensor_slots
 from pipefit.strategies.quantization import IN_PLACE
 from pipefit.strategies.quantized_linear import QuantizedLinear
 from pipefit.strategies.strategy import Option
@@ -185,9 +185,13 @@ def test_layers_and_groups_that_are_asked_for_otherwise_are_made_so() -> None:
         assert made_bytes(module) == predicted
 
 
-PLACEMENTS = [
+QUANTO_PLACEMENTS = [
     Option(strategy="resident", component="transformer"),
     Option(strategy="model_offload"),
+]
+
+PLACEMENTS = [
+    *QUANTO_PLACEMENTS,
     Option(strategy="sequential_offload"),
     Option(
         strategy="group_offload",
@@ -202,11 +206,19 @@ PLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize("placed", PLACEMENTS, ids=lambda o: f"{o.strategy}-{len(o.parameters)}")
-def test_what_places_weights_places_those_of_torchao(placed: Option) -> None:
-    library("torchao")
-    pipe = flux()
-    quantised = Option(strategy="quantization", component="transformer", parameters=INT8)
+@pytest.mark.parametrize(
+    ("backend", "placed"),
+    [
+        *(("torchao", placed) for placed in PLACEMENTS),
+        *(("quanto", placed) for placed in QUANTO_PLACEMENTS),
+    ],
+)
+def test_what_may_place_quantised_weights_does_and_is_taken_back_first(
+    backend: str, placed: Option
+) -> None:
+    library(backend)
+    pipe, parameters = flux(), {"backend": backend, "type": IN_PLACE[backend][0]}
+    quantised = Option(strategy="quantization", component="transformer", parameters=parameters)
     untouched, before = picture(pipe, "flux"), snapshot(pipe, with_values=True)
     with apply_options(pipe, [quantised], "cpu"):
         alone = picture(pipe, "flux")
@@ -216,6 +228,43 @@ def test_what_places_weights_places_those_of_torchao(placed: Option) -> None:
     assert not alone.equal(untouched)
     assert differences(before, snapshot(pipe, with_values=True)) == ()
     assert picture(pipe, "flux").equal(untouched)
+
+
+def test_what_else_changes_a_component_goes_with_it() -> None:
+    library("torchao")
+    pipe = SMALL_PIPELINES["stable_diffusion_xl"]()
+    pipe.set_progress_bar_config(disable=True)
+    options = [
+        Option(strategy="channels_last", component="unet"),
+        Option(strategy="attention", component="unet", parameters={"slicing": 1}),
+        Option(strategy="quantization", component="unet", parameters=INT8),
+        *(
+            Option(strategy="precision", component=name, parameters={"dtype": "bfloat16"})
+            for name in module_components(pipe)  # one of another dtype would be handed theirs
+        ),
+        Option(strategy="model_offload"),
+    ]
+    untouched, before = picture(pipe, "stable_diffusion_xl"), snapshot(pipe, with_values=True)
+    tensors = [(slots, key, slots[key]) for slots, key in tensor_slots(pipe.unet)]
+    with apply_options(pipe, options, "cpu"):
+        assert not any(weight.dtype == torch.float32 for weight in pipe.unet.parameters())
+        assert psnr_db(picture(pipe, "stable_diffusion_xl"), untouched) > 30
+    assert all(slots[key] is tensor for slots, key, tensor in tensors)
+    assert differences(before, snapshot(pipe, with_values=True)) == ()
+    assert picture(pipe, "stable_diffusion_xl").equal(untouched)
+
+
+@pytest.mark.parametrize("backend", IN_PLACE)
+def test_a_component_that_is_quantised_already_is_not_planned_for(backend: str) -> None:
+    library(backend)
+    pipe, parameters = flux(), {"backend": backend, "type": IN_PLACE[backend][0]}
+    option = Option(strategy="quantization", component="transformer", parameters=parameters)
+    with (
+        apply_options(pipe, [option], "cpu"),
+        pytest.raises(UnsupportedPipeline, match=r"quantised .*undo the earlier plan"),
+    ):
+        check_pipeline(pipe)
+    check_pipeline(pipe)
 
 
 @pytest.mark.parametrize(
