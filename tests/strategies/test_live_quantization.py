@@ -327,3 +327,24 @@ def test_the_original_weights_are_what_waits_in_host_memory() -> None:
     weights = [module.get_submodule(path).weight for path in converted]
     held = QUANTIZATION.held_bytes(described(module), described(twin), is_loaded=True)
     assert held == sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_what_lies_on_the_gpu_is_quantised_there_while_the_originals_wait_on_the_host() -> None:
+    library("torchao")
+    module = SMALL_PIPELINES["flux"]().transformer.to("cuda")
+    layer = module.proj_out
+    weight, values = layer.weight, layer.weight.detach().clone()
+    pipe = SimpleNamespace(part=module)
+    undo = QUANTIZATION.apply(pipe, "part", INT8, torch.device("cuda"))
+    assert {leaf.device.type for leaf in leaves(layer.weight)} == {"cuda"}
+    assert weight.device.type == "cpu"
+    restore = device_restorer(module)
+    module.to("cpu")
+    restore()
+    assert {leaf.device.type for leaf in leaves(layer.weight)} == {"cuda"}
+    undo()
+    assert layer.weight is weight
+    assert weight.device.type == "cuda"
+    assert weight.equal(values)
