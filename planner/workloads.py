@@ -135,7 +135,9 @@ def _observed(
         for o in options
     }
     held = {
-        str(o.component): one.held_bytes(*pairs[str(o.component)], is_loaded=is_loaded)
+        str(o.component): one.held_bytes(
+            *pairs[str(o.component)], is_loaded=is_loaded and one.goes_on_loaded(o.parameters)
+        )
         for o in options
         if isinstance(one := strategy(o.strategy), Imitated)
     }

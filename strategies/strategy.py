@@ -176,5 +176,8 @@ class Imitated(Protocol):
         ...
 
     def held_bytes(self, before: Component, after: Component, *, is_loaded: bool) -> int:
-        """RAM that is held until it is undone, beside the weights of *after*."""
+        """RAM that is held until it is undone, beside the weights of *after*.
+
+        *is_loaded* says that ``apply`` does it and no load.
+        """
         ...

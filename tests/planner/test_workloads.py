@@ -194,6 +194,15 @@ def test_what_a_loaded_pipeline_is_past_is_not_offered_and_said(flux_workload: A
     assert _unoffered(flux_workload, RTX_4060, _policy(Quality.HIGH)) == ()
 
 
+@pytest.mark.parametrize(
+    ("stored", "holds"),
+    [("backend=torchao,type=int8_weight_only", True), ("backend=bitsandbytes,type=int8", False)],
+)
+def test_originals_are_held_where_a_live_component_is_converted(stored: str, holds: bool) -> None:
+    seen = _observed(f"quantization:{stored}@transformer", quality=Quality.LOW)[0]
+    assert ("transformer" in seen.held_bytes) == holds
+
+
 def test_where_a_storage_is_asked_for_none_is_offered(flux_workload: Any) -> None:
     asked = _policy(Quality.LOW, "layerwise_casting@transformer")
     assert _storages(flux_workload, RTX_4060, asked, is_loaded=False) == []
