@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.snapshot import differences, snapshot
@@ -168,7 +169,10 @@ def _unsupported(module: Any, *, is_stored: bool) -> str | None:
     if getattr(module, "_parallel_config", None) is not None:
         return "runs in parallel on several GPUs: load it without a parallel_config"
     if not is_stored and _is_quantized(module):
-        return "has quantised weights, which pipefit cannot count yet: load it unquantised"
+        return (
+            "has quantised weights, which pipefit cannot count yet: undo the earlier plan, or load "
+            "it unquantised"
+        )
     if any(
         hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
         for part in module.modules()
@@ -180,10 +184,8 @@ def _unsupported(module: Any, *, is_stored: bool) -> str | None:
 def _is_quantized(module: Any) -> bool:
     if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
         return True
-    # torchao's quantize_() leaves no flag on the module, only tensors of its own.
-    return any(
-        type(parameter.data).__module__.startswith("torchao") for parameter in module.parameters()
-    )
+    # What torchao and quanto make of a live module has no flag, only tensors of tensors.
+    return any(is_traceable_wrapper_subclass(parameter) for parameter in module.parameters())
 
 
 def _check_weights(pipe: Any) -> None:
@@ -197,8 +199,14 @@ def _check_weights(pipe: Any) -> None:
 
 def _check_options(pipe: Any, options: Sequence[Option]) -> None:
     modules = module_components(pipe)
+    # Others find the weights packed by then, though they are not yet.
+    packed = {
+        option.component: {"quantized_by": option.parameters.get("backend")}
+        for option in options
+        if option.strategy == "quantization"
+    }
     described = {
-        name: describe_component(name, module, traits_of(module))
+        name: describe_component(name, module, {**traits_of(module), **packed.get(name, {})})
         for name, module in modules.items()
     }
     placed: dict[str, Option] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipefit.errors import InvalidRequest
+from pipefit.strategies.quantization import torchao_config
 
 
 def loader_config(library: str, parameters: Mapping[str, Any], dtype: str) -> Any:
@@ -49,28 +50,3 @@ def loader_config(library: str, parameters: Mapping[str, Any], dtype: str) -> An
         "A GGUF file is read by the component's own from_single_file: load the pipeline with it "
         "and plan for that."
     )
-
-
-def torchao_config(parameters: Mapping[str, Any]) -> Any:
-    """Return torchao's configuration: its classes are named after the types.
-
-    ``int8_weight_only`` is ``Int8WeightOnlyConfig`` (torchao 0.18, quantization/quant_api.py).
-
-    Raises:
-        InvalidRequest: the installed version has no such type.
-    """
-    from torchao import quantization
-
-    words = str(parameters["type"]).split("_")
-    kind = getattr(quantization, "".join(map(str.capitalize, words)) + "Config", None)
-    if kind is None:
-        raise InvalidRequest(
-            f"The torchao that is installed has no type {parameters['type']}: choose another, or "
-            "install a version that has it."
-        )
-    named: dict[str, Any] = {}
-    if "group_size" in parameters:
-        named["group_size"] = parameters["group_size"]
-    if parameters.get("per_row"):
-        named["granularity"] = quantization.PerRow()
-    return kind(**named)
