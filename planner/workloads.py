@@ -311,8 +311,7 @@ def _unoffered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[str, ...]:
         if not one.goes_on_loaded(parameters):
             notes.append(
                 f"{one.name}:{told} is not offered: the pipeline is loaded already, and the "
-                "library does it while it loads; plan for the name or the folder to see what it "
-                "would give."
+                "library does it while it loads; pipefit.load can."
             )
         elif missing:
             notes.append(f"{one.name}:{told} is not offered: it needs `pip install {missing}`.")

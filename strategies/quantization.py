@@ -198,10 +198,14 @@ class Quantization:
 
         backend, missing = parameters["backend"], self.missing_package(parameters)
         if not self.goes_on_loaded(parameters):
+            remedy = "let pipefit.load do it"
+            if backend == "gguf":
+                remedy = "load it by from_single_file, whose weights pipefit does not place yet"
+            if missing:
+                remedy += f"; that needs `pip install {missing}`"
             raise UnsupportedPipeline(
-                f"{component} is loaded already, and weights are quantised while they are loaded: "
-                f"load it with a quantization_config for {backend}"
-                f"{f', which needs `pip install {missing}`' if missing else ''}."
+                f"{component} is loaded already, and {backend} quantises weights while they are "
+                f"loaded: {remedy}."
             )
         if missing:
             raise UnsupportedPipeline(

@@ -19,7 +19,7 @@ from pipefit.planner.apply import apply_options
 from pipefit.planner.load import folder_of
 from pipefit.strategies.live import module_components
 
-NO_TORCHAO = importlib.util.find_spec("torchao") is None
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture(scope="module")
@@ -88,25 +88,32 @@ def test_a_budget_that_nothing_keeps_reads_no_weight(
         loaded(saved("stable_diffusion_xl"), "stable_diffusion_xl", 2048)
 
 
-@pytest.mark.skipif(not NO_TORCHAO, reason="torchao is installed, so nothing is missing")
+@pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed, so nothing is missing")
 def test_a_missing_package_is_named_before_a_weight_is_read(saved: Callable[[str], Path]) -> None:
-    int8 = "quantization:backend=torchao,type=int8_weight_only@unet"
-    with pytest.raises(pipefit.InvalidRequest, match="pip install torchao"):
-        loaded(
-            saved("stable_diffusion_xl"), "stable_diffusion_xl", quality="balanced", with_=[int8]
-        )
+    nf4 = "quantization:backend=bitsandbytes,type=nf4@unet"
+    with pytest.raises(pipefit.InvalidRequest, match="pip install bitsandbytes"):
+        loaded(saved("stable_diffusion_xl"), "stable_diffusion_xl", quality="low", with_=[nf4])
 
 
-@pytest.mark.skipif(NO_TORCHAO, reason="torchao is not installed")
-def test_weights_are_quantised_while_they_are_read(saved: Callable[[str], Path]) -> None:
-    int8 = "quantization:backend=torchao,type=int8_weight_only@unet"
+@pytest.mark.parametrize(
+    ("backend", "kind", "package"),
+    [("torchao", "int8_weight_only", "torchao"), ("quanto", "int8", "optimum.quanto")],
+)
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])  # of diffusers and transformers
+def test_weights_are_quantised_while_they_are_read(
+    saved: Callable[[str], Path], backend: str, kind: str, package: str, component: str
+) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    int8 = f"quantization:backend={backend},type={kind}@{component}"
     pipe = loaded(
         saved("stable_diffusion_xl"), "stable_diffusion_xl", quality="balanced", with_=[int8]
     )
-    layers = [m for m in pipe.unet.modules() if isinstance(m, torch.nn.Linear)]
-    assert all("torchao" in type(layer.weight.data).__module__ for layer in layers)
+    layers = [m for m in getattr(pipe, component).modules() if isinstance(m, torch.nn.Linear)]
+    assert layers
+    assert all(package in type(layer.weight.data).__module__ for layer in layers)
     assert picture(pipe, "stable_diffusion_xl").isfinite().all()
     # Another plan would not know how these weights are stored.
+    pipe.pipefit.undo()
     with pytest.raises(pipefit.UnsupportedPipeline, match="quantised"):
         apply_options(pipe, pipe.pipefit.plan.options, "cpu")
 
