@@ -23,6 +23,7 @@ from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.plan import Plan
 from pipefit.planner.policy import BudgetRequest
+from pipefit.planner.trace import spared
 from pipefit.planner.workloads import Progress
 from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components
@@ -212,6 +213,7 @@ def _encoded(
     with quietly():
         twin, info = build_pipeline(folder, dtype=dtype)
         arguments = default_inputs(twin, info.entry, call)
+        arguments = {name: spared(value) for name, value in arguments.items()}
     others = [name for name in module_components(twin) if name not in encoders]
     part = _read(folder, dtype, at_load, others, progress)
     elsewhere = [option for option in made.options if option.component not in (None, *encoders)]

@@ -35,7 +35,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def loaded(folder: Path, name: str, budget: Any = "4GB", **asked: Any) -> Any:
     asked = {"quality": "exact", "dtype": "float32", "rehearse": False, **asked}
-    pipe = pipefit.load(folder, budget, call=small_call(name), device="cpu", **asked)
+    asked = {"call": small_call(name), **asked}
+    pipe = pipefit.load(folder, budget, device="cpu", **asked)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -135,7 +136,10 @@ def test_a_folder_without_weights_is_said(saved: Callable[[str], Path], tmp_path
 def test_text_encoders_are_gone_once_the_prompt_is_encoded(saved: Callable[[str], Path]) -> None:
     name = "stable_diffusion_xl"
     expected = picture(loaded(saved(name), name), name)
-    pipe = loaded(saved(name), name, with_=["prompt_first"])
+    call = small_call(name)
+    before = call["generator"].get_state()
+    pipe = loaded(saved(name), name, call=call, with_=["prompt_first"])
+    assert torch.equal(call["generator"].get_state(), before)
     assert pipe.text_encoder is None
     # Text encoders lie as in their file now, where the CPU's kernels add up otherwise.
     assert torch.allclose(picture(pipe, name), expected, atol=1e-5)
