@@ -82,7 +82,7 @@ def strategy(name: str) -> Strategy:
 def quality_of(option: Option) -> Quality:
     """Return the best level at which *option* may be used; some depend on their parameters."""
     one = strategy(option.strategy)
-    if isinstance(one, (Attention, Quantization)):
+    if isinstance(one, (Attention, DecodeChunks, Quantization)):
         return one.quality_of(option.parameters)
     return one.quality
 
