@@ -243,7 +243,7 @@ def is_placing(option: Option) -> bool:
 def is_unloaded(name: str) -> bool:
     """Whether the strategy is for a pipeline that is yet to be loaded."""
     one = strategy(name)
-    return isinstance(one, Imitated) and not one.goes_on_loaded
+    return isinstance(one, Imitated) and not one.is_rehearsed
 
 
 @functools.cache

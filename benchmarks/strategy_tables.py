@@ -92,9 +92,8 @@ thousand pixels than here, where four tiles make a picture. And against float32 
 step, which a pipeline that is loaded in bfloat16 has taken already.
 
 A test holds each figure: no picture may fall more than {margin:.0f} dB (twice the error) below its
-row. One label is not earned here: LTX decoded in parts (`decode_chunks`) is no nearer to the
-untouched picture than a picture of another seed, because each of its nine frames lies at the edge
-of a part; what that means for a film of real length was not measured."""
+row. LTX decoded in parts (`decode_chunks`) is no nearer to the untouched video than one of another
+seed: diffusers 0.42.1 shows every part but the first a frame late, so it is labelled low."""
 
 T = TypeVar("T")
 

@@ -94,12 +94,10 @@ def auto_optimize(
         NoPlanFits: nothing keeps the budget; carries the smallest budget that works.
         ApplyFailed: applying failed and was undone; or a rehearsal that was asked for fails.
     """
-    machine, index = _machine_of(device)
-    if index is None and machine.gpus:
-        index = machine.gpus[0].index
+    machine, budget = machine_and_budget(device, vram_budget)
     made = plan(
         pipe,
-        _on_device(vram_budget, machine, index),
+        budget,
         call=call,
         machine=machine,
         quality=quality,
@@ -267,17 +265,29 @@ def apply(pipe: Any, plan: Plan) -> Applied:
         PlanMismatch: if it is another one.
         ApplyFailed: if it failed half-way; it was undone.
     """
-    from pipefit.planner.apply import apply_options, check_pipeline
-    from pipefit.planner.guard import hold_to_budget
+    from pipefit.planner.apply import check_pipeline
 
     check_pipeline(pipe)
     _check_fingerprint(pipe, plan)
-    applied = apply_options(pipe, plan.options, _torch_device(plan.gpu), plan=plan)
+    return put_in_force(pipe, plan)
+
+
+def put_in_force(pipe: Any, plan: Plan, *, loaded: Sequence[Option] = ()) -> Applied:
+    """Put a plan in force but for what was done while *pipe* was *loaded*.
+
+    Raises:
+        ApplyFailed: if it failed half-way; it was undone.
+    """
+    from pipefit.planner.apply import apply_options
+    from pipefit.planner.guard import hold_to_budget
+
+    device = torch_device(plan.gpu)
+    applied = apply_options(pipe, plan.options, device, plan=plan, loaded=loaded)
     try:
         for gpu, peak in zip(plan.gpus, plan.prediction.peak_vram, strict=True):
             applied.also_undo(
                 hold_to_budget(
-                    _torch_device(gpu),
+                    torch_device(gpu),
                     budget_bytes=plan.policy.budget_bytes[gpu.index],
                     context_bytes=peak.context_bytes,
                 )
@@ -396,6 +406,16 @@ def _machine_of(device: str | int | None) -> tuple[Machine, int | None]:
     return machine, int(index)
 
 
+def machine_and_budget(
+    device: str | int | None, budget: BudgetRequest
+) -> tuple[Machine, BudgetRequest]:
+    """Return what is here, and *budget* for the one GPU *device*: the first unless it is said."""
+    machine, index = _machine_of(device)
+    if index is None and machine.gpus:
+        index = machine.gpus[0].index
+    return machine, _on_device(budget, machine, index)
+
+
 def _on_device(budget: BudgetRequest, machine: Machine, index: int | None) -> BudgetRequest:
     """Return *budget* for one GPU only, unless it names GPUs itself."""
     names_gpus = isinstance(budget, Mapping) or (isinstance(budget, str) and "=" in budget)
@@ -406,7 +426,7 @@ def _on_device(budget: BudgetRequest, machine: Machine, index: int | None) -> Bu
     return {index: budget} if isinstance(budget, (str, int, float)) else budget
 
 
-def _torch_device(gpu: Gpu) -> str:
+def torch_device(gpu: Gpu) -> str:
     """Return how torch names *gpu*."""
     kinds = {"cpu": "cpu", "apple": "mps"}
     if gpu.architecture in kinds:

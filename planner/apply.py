@@ -8,13 +8,14 @@ says so.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipefit.errors import ApplyFailed, InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.snapshot import differences, snapshot
@@ -66,11 +67,12 @@ class Applied:
         self.undo()
 
 
-def check_pipeline(pipe: Any) -> tuple[str, ...]:
+def check_pipeline(pipe: Any, *, stored: Collection[str | None] = ()) -> tuple[str, ...]:
     """Return what a planner should know of *pipe*, one sentence each, if it can be planned for.
 
     LoRA adapters are such a thing. Refused are pipelines whose weights somebody else already
-    places, packs or compiles: their hooks hold references that a plan would break.
+    places, packs or compiles: their hooks hold references that a plan would break. Of the
+    components *stored* the plan knows how their weights are packed.
 
     Raises:
         InvalidRequest: it is not a diffusion pipeline. UnsupportedPipeline: it is one, but pipefit
@@ -93,7 +95,7 @@ def check_pipeline(pipe: Any) -> tuple[str, ...]:
             "pipe.reset_device_map() first."
         )
     for name, module in modules.items():
-        reason = _unsupported(module)
+        reason = _unsupported(module, is_stored=name in stored)
         if reason:
             raise UnsupportedPipeline(f"The component {name} {reason}.")
     return tuple(
@@ -104,9 +106,16 @@ def check_pipeline(pipe: Any) -> tuple[str, ...]:
 
 
 def apply_options(
-    pipe: Any, options: Sequence[Option], device: Any, *, plan: Any = None
+    pipe: Any,
+    options: Sequence[Option],
+    device: Any,
+    *,
+    plan: Any = None,
+    loaded: Sequence[Option] = (),
 ) -> Applied:
     """Put *options* in force on *pipe*; *device* is the GPU, or the CPU in its place.
+
+    Those among them that it was *loaded* with are in force already.
 
     Raises:
         InvalidRequest: an option cannot be used here, or contradicts another; nothing was touched.
@@ -114,7 +123,8 @@ def apply_options(
         ApplyFailed: it failed half-way and was undone; the cause is attached.
     """
     device = torch.device(device)
-    check_pipeline(pipe)
+    options = [option for option in options if option not in loaded]
+    check_pipeline(pipe, stored={option.component for option in loaded})
     _check_weights(pipe)
     _check_options(pipe, options)
     before = snapshot(pipe)
@@ -148,7 +158,7 @@ def _clear_unused(pipe: Any, options: Sequence[Option], undo: ExitStack) -> None
             module.to("cpu")
 
 
-def _unsupported(module: Any) -> str | None:
+def _unsupported(module: Any, *, is_stored: bool) -> str | None:
     """Say what about a component rules it out; None where nothing does."""
     for path, names in hooks_of(module).items():
         for name in names:
@@ -158,8 +168,11 @@ def _unsupported(module: Any) -> str | None:
         return "was loaded with a device_map over several devices: load it without"
     if getattr(module, "_parallel_config", None) is not None:
         return "runs in parallel on several GPUs: load it without a parallel_config"
-    if _is_quantized(module):
-        return "has quantised weights, which pipefit cannot count yet: load it unquantised"
+    if not is_stored and _is_quantized(module):
+        return (
+            "has quantised weights, which pipefit cannot count yet: undo the earlier plan, or load "
+            "it unquantised"
+        )
     if any(
         hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
         for part in module.modules()
@@ -171,10 +184,8 @@ def _unsupported(module: Any) -> str | None:
 def _is_quantized(module: Any) -> bool:
     if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
         return True
-    # torchao's quantize_() leaves no flag on the module, only tensors of its own.
-    return any(
-        type(parameter.data).__module__.startswith("torchao") for parameter in module.parameters()
-    )
+    # What torchao and quanto make of a live module has no flag, only tensors of tensors.
+    return any(is_traceable_wrapper_subclass(parameter) for parameter in module.parameters())
 
 
 def _check_weights(pipe: Any) -> None:
@@ -188,8 +199,14 @@ def _check_weights(pipe: Any) -> None:
 
 def _check_options(pipe: Any, options: Sequence[Option]) -> None:
     modules = module_components(pipe)
+    # Others find the weights packed by then, though they are not yet.
+    packed = {
+        option.component: {"quantized_by": option.parameters.get("backend")}
+        for option in options
+        if option.strategy == "quantization"
+    }
     described = {
-        name: describe_component(name, module, traits_of(module))
+        name: describe_component(name, module, {**traits_of(module), **packed.get(name, {})})
         for name, module in modules.items()
     }
     placed: dict[str, Option] = {}

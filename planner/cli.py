@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -430,7 +431,12 @@ def _answer(
 
 @contextlib.contextmanager
 def _quiet_output() -> Iterator[None]:
-    """Send what libraries print to standard error: standard output is for the answer."""
+    """Send what libraries print to standard error: standard output is for the answer.
+
+    What torchao remarks while diffusers imports it is about kernels of GPUs, and nobody asked.
+    """
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -541,7 +541,11 @@ def _reason(option: Option, best: Configuration) -> str:
         return option.reason
     if kind == "process":
         share = saved_share(best.pricing.workload, best.pricing.gpu, option)
-        return f"Saves {share:.1%} of a call where everything lies on the GPU."
+        return (
+            f"Saves {share:.1%} of a call where everything lies on the GPU."
+            if share
+            else "Asked for; one call by itself gains nothing."
+        )
     if kind == "load":
         return f"Halves what {option.component} weighs and moves."
     if kind == "pipeline_placement":

@@ -49,6 +49,7 @@ from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE
 from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -318,6 +319,7 @@ class Pricing:
         flags = flags_of(process_options)
         self.memory = models.memory(workload, gpu)
         self.latency = models.latency(workload, gpu, flags, num_cores=num_cores)
+        self._remembers_prompt = any(o.strategy == "prompt_first" for o in self.process_options)
         self.columns = tuple((gpu.index, phase) for phase in workload.phases)
         """(index of the GPU, phase) of every peak."""
         self._root_calls = [event for event in workload.root if event[0] == "c"]
@@ -533,6 +535,13 @@ class Pricing:
         self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
+        if self._remembers_prompt and phase.name == ENCODE_PROMPT:
+            return 0.0, self._phase_seconds(phase, choice, attention, with_range=False)[1], 0.0, 0.0
+        return self._phase_seconds(phase, choice, attention, with_range=with_range)
+
+    def _phase_seconds(
+        self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool
+    ) -> tuple[float, float, float, float]:
         component = self.workload.component(phase.component)
         if isinstance(choice.placement, Streaming):
             replaced = self.workload.variants[choice.variant] if choice.variant else {}
@@ -638,7 +647,8 @@ class Pricing:
             if option.strategy == "compile"
         }
         trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
-        return (*_compiling_notes(compiled, first_more_s), *trials)
+        prompts = (PROMPT_NOTE,) if self._remembers_prompt else ()
+        return (*_compiling_notes(compiled, first_more_s), *trials, *prompts)
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""

@@ -139,7 +139,7 @@ def rehearse(
 
 def _is_imitated(option: Option) -> bool:
     one = strategy(option.strategy)
-    return isinstance(one, Imitated) and not one.goes_on_loaded
+    return isinstance(one, Imitated) and not one.is_rehearsed
 
 
 def _imitate(options: Sequence[Option], twin: Any) -> None:

@@ -79,6 +79,7 @@ def observe(
     def traced(options: Sequence[Option]) -> Workload:
         return _trace(source, call or {}, gpu, policy, options, say)
 
+    is_loaded = not source.is_ours
     plain = traced(())
     asked = _asked(plain, policy)
     casts = _offered("precision", plain, gpu, policy)
@@ -96,8 +97,8 @@ def observe(
             casts = ()
             continue
         _check_offload(workload, options, policy)
-        found.append(_observed(workload, options, plain, policy))
-    storages = _storages(plain, gpu, policy, is_loaded=not source.is_ours)
+        found.append(_observed(workload, options, plain, policy, is_loaded=is_loaded))
+    storages = _storages(plain, gpu, policy, is_loaded=is_loaded)
     for stored in [*([joined] if joined else []), *storages]:
         options = (*casts, *stored, *asked)
         if any(
@@ -109,8 +110,8 @@ def observe(
         except (InvalidRequest, TraceError):
             continue  # only offered: what is asked for may not go with it, or the call
         if _meets(plain, workload, options, policy):
-            found.append(_observed(workload, options, plain, policy))
-    notes = _unoffered(plain, gpu, policy) if not source.is_ours else ()
+            found.append(_observed(workload, options, plain, policy, is_loaded=is_loaded))
+    notes = _unoffered(plain, gpu, policy) if is_loaded else ()
     return [
         replace(
             one,
@@ -121,7 +122,12 @@ def observe(
 
 
 def _observed(
-    workload: Workload, options: tuple[Option, ...], plain: Workload, policy: Policy
+    workload: Workload,
+    options: tuple[Option, ...],
+    plain: Workload,
+    policy: Policy,
+    *,
+    is_loaded: bool,
 ) -> Observed:
     """Return *workload* with what there is to say of the *options* that made it of *plain*."""
     pairs = {
@@ -129,7 +135,9 @@ def _observed(
         for o in options
     }
     held = {
-        str(o.component): one.held_bytes(*pairs[str(o.component)])
+        str(o.component): one.held_bytes(
+            *pairs[str(o.component)], is_loaded=is_loaded and one.goes_on_loaded(o.parameters)
+        )
         for o in options
         if isinstance(one := strategy(o.strategy), Imitated)
     }
@@ -138,7 +146,10 @@ def _observed(
             workload,
             # A plan belongs to the pipeline as the user has it, before the cast.
             fingerprint=plain.fingerprint,
-            assumptions=(*workload.assumptions, *_notes(options, plain, workload)),
+            assumptions=(
+                *workload.assumptions,
+                *_notes(options, plain, workload, is_loaded=is_loaded),
+            ),
         ),
         load_options=tuple(
             replace(o, reason=_stored_reason(o, *pairs[str(o.component)], policy)) for o in options
@@ -199,10 +210,17 @@ def _check_offload(workload: Workload, options: Sequence[Option], policy: Policy
                 raise InvalidRequest(f"Strategy {one.name} cannot be had: {refusal}")
 
 
-def _notes(options: Sequence[Option], plain: Workload, workload: Workload) -> tuple[str, ...]:
+def _notes(
+    options: Sequence[Option], plain: Workload, workload: Workload, *, is_loaded: bool
+) -> tuple[str, ...]:
     """Return what predictions of the *workload* that *options* made of *plain* leave out."""
     notes = (
-        one.note(option.parameters, plain.component(name), workload.component(name))
+        one.note(
+            option.parameters,
+            plain.component(name),
+            workload.component(name),
+            is_loaded=is_loaded,
+        )
         for option in options
         if isinstance(one := strategy(option.strategy), Imitated)
         and (name := str(option.component))
@@ -237,7 +255,8 @@ def _storages(
     """Return the ways to store weights in fewer bits that the quality allows.
 
     Each on the denoisers alone and on all that take it. None where one is asked for: how weights
-    are stored is decided then.
+    are stored is decided then. Of a pipeline that *is_loaded* only what can be put in force on it
+    here and now.
     """
     storing = [one for one in BUILT_IN if isinstance(one, Imitated)]
     if {one.name for one in storing} & {option.strategy for option in policy.required}:
@@ -245,10 +264,14 @@ def _storages(
     denoisers = {phase.component for phase in workload.phases if phase.name == DENOISE}
     ways: dict[str, list[Option]] = {}
     for one in storing:
-        if one.name in policy.forbidden or (is_loaded and not one.goes_on_loaded):
+        if one.name in policy.forbidden:
             continue
         for component in workload.components:
             for parameters in one.options(component, workload, gpu):
+                if is_loaded and not (
+                    one.goes_on_loaded(parameters) and not one.missing_package(parameters)
+                ):
+                    continue
                 option = Option(strategy=one.name, component=component.name, parameters=parameters)
                 if quality_of(option).rank <= policy.quality.rank:
                     ways.setdefault(repr((one.name, parameters)), []).append(option)
@@ -278,18 +301,21 @@ def _meets(plain: Workload, workload: Workload, options: Sequence[Option], polic
 
 
 def _unoffered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[str, ...]:
-    """Say what the quality allows and a pipeline that is loaded already is past."""
-    offered = {
-        option.strategy
-        for options in _storages(workload, gpu, policy, is_loaded=False)
-        for option in options
-    }
-    return tuple(
-        f"{one.name} is not offered: the pipeline is loaded already, and the library does it while "
-        "it loads; plan for the name or the folder to see what it would give."
-        for one in BUILT_IN
-        if isinstance(one, Imitated) and one.name in offered and not one.goes_on_loaded
-    )
+    """Say what the quality allows and a pipeline that is loaded already cannot be given here."""
+    notes = []
+    for options in _storages(workload, gpu, policy, is_loaded=False):
+        one, parameters = strategy(options[0].strategy), options[0].parameters
+        assert isinstance(one, Imitated)
+        missing = one.missing_package(parameters)
+        told = ",".join(f"{key}={value}" for key, value in parameters.items())
+        if not one.goes_on_loaded(parameters):
+            notes.append(
+                f"{one.name}:{told} is not offered: the pipeline is loaded already, and the "
+                "library does it while it loads; pipefit.load can."
+            )
+        elif missing:
+            notes.append(f"{one.name}:{told} is not offered: it needs `pip install {missing}`.")
+    return tuple(dict.fromkeys(notes))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pipefit.strategies.jit_trace import JitTrace
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
+from pipefit.strategies.prompt_first import PromptFirst
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
@@ -34,6 +35,7 @@ from pipefit.strategies.vae_tiling import VaeTiling
 BUILT_IN: tuple[Strategy, ...] = (
     Tf32(),
     CudnnBenchmark(),
+    PromptFirst(),
     Precision(),
     FusedQkv(),
     Quantization(),
@@ -80,7 +82,7 @@ def strategy(name: str) -> Strategy:
 def quality_of(option: Option) -> Quality:
     """Return the best level at which *option* may be used; some depend on their parameters."""
     one = strategy(option.strategy)
-    if isinstance(one, (Attention, Quantization)):
+    if isinstance(one, (Attention, DecodeChunks, Quantization)):
         return one.quality_of(option.parameters)
     return one.quality
 

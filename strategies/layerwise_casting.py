@@ -33,7 +33,7 @@ from pipefit.strategies.live import (
 )
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
-from pipefit.strategies.traced import is_called_by_forward
+from pipefit.strategies.traced import changed_bytes, is_called_by_forward
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,11 @@ class LayerwiseCasting:
     name: str = "layerwise_casting"
     kind: Kind = "load"
     quality: Quality = Quality.BALANCED
-    goes_on_loaded: bool = True
+    is_rehearsed: bool = True
+
+    def goes_on_loaded(self, parameters: Mapping[str, Any]) -> bool:
+        """Always: the hooks go onto what is there."""
+        return True
 
     def traits(self, module: Any) -> dict[str, Any]:
         """None: the module tree says which layers the library would cast."""
@@ -140,26 +144,28 @@ class LayerwiseCasting:
                 top = HookRegistry.check_if_exists_or_initialize(module)
                 top.hooks.setdefault(LAYERWISE_CASTING_HOOK, hook)
 
-    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
+    def note(
+        self,
+        parameters: Mapping[str, Any],
+        before: Component,
+        after: Component,
+        *,
+        is_loaded: bool,
+    ) -> str:
         """The RAM in which the originals wait."""
+        held = format_bytes(self.held_bytes(before, after, is_loaded=is_loaded))
         return (
-            f"Until it is undone, layerwise_casting holds "
-            f"{format_bytes(self.held_bytes(before, after))} of original weights of {before.name} "
-            "in RAM, which the host RAM stated leaves out."
+            f"Until it is undone, layerwise_casting holds {held} of original weights of "
+            f"{before.name} in RAM, which the host RAM stated leaves out."
         )
 
     def missing_package(self, parameters: Mapping[str, Any]) -> str:
         """Nothing: diffusers has it."""
         return ""
 
-    def held_bytes(self, before: Component, after: Component) -> int:
+    def held_bytes(self, before: Component, after: Component, *, is_loaded: bool) -> int:
         """The originals of what was cast."""
-        stored = {tensor.path: tensor.dtype for tensor in after.tensors}
-        return sum(
-            tensor.num_bytes
-            for tensor in before.tensors
-            if tensor.tied_to is None and stored.get(tensor.path) != tensor.dtype
-        )
+        return changed_bytes(before, after)
 
 
 def _enable(module: Any, parameters: Mapping[str, Any]) -> None:

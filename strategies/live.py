@@ -87,13 +87,24 @@ def tensor_slots(module: Any, *, recurse: bool = True) -> Iterator[tuple[dict[st
 
 def device_restorer(module: Any) -> Restore:
     """Remember where each tensor of *module* lies; the result moves back what has moved."""
+    from torch.nn import Parameter
+    from torch.utils import swap_tensors
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     places = [(slots, key, slots[key].device) for slots, key in tensor_slots(module)]
 
     def restore() -> None:
         for slots, key, device in places:
-            if slots[key].device != device:
-                # Assigning `.data` keeps the parameter object, and with it ties and references.
-                slots[key].data = slots[key].data.to(device)
+            tensor = slots[key]
+            if tensor.device == device:
+                continue
+            moved = tensor.data.to(device)
+            # Either keeps the parameter object, and with it ties and references.
+            if is_traceable_wrapper_subclass(tensor):
+                # `.data` would leave behind the tensors that a quantised weight is made of.
+                swap_tensors(tensor, Parameter(moved, requires_grad=tensor.requires_grad))
+            else:
+                tensor.data = moved
 
     return restore
 

@@ -25,7 +25,8 @@ placement: where one component's weights are, exactly one per component.
 pipeline_placement: the same, for all components at once (model and sequential offload).
 compute: changes how the component computes; its effect on memory and time is traced.
 load: how the weights are stored (dtype, fewer bits); changes the whole trace.
-process: a switch of the whole process; the same tensors, other kernels, so it is not traced."""
+process: a switch of the whole process or pipeline; one call needs the same tensors, so it is not
+traced."""
 
 
 class Quality(str, enum.Enum):
@@ -145,7 +146,11 @@ class Imitated(Protocol):
     """
 
     @property
-    def goes_on_loaded(self) -> bool:
+    def is_rehearsed(self) -> bool:
+        """Whether a rehearsal goes through ``apply``; otherwise it imitates, as a trace does."""
+        ...
+
+    def goes_on_loaded(self, parameters: Mapping[str, Any]) -> bool:
         """Whether a pipeline that is loaded already can be given it, by ``apply``."""
         ...
 
@@ -153,14 +158,27 @@ class Imitated(Protocol):
         """Give the twin's component the tensors, and each call the allocations, that it causes."""
         ...
 
-    def note(self, parameters: Mapping[str, Any], before: Component, after: Component) -> str:
-        """Say what the prediction of this component leaves out; empty if nothing."""
+    def note(
+        self,
+        parameters: Mapping[str, Any],
+        before: Component,
+        after: Component,
+        *,
+        is_loaded: bool,
+    ) -> str:
+        """Say what the prediction of this component leaves out; empty if nothing.
+
+        *is_loaded* says that the pipeline is live, so that ``apply`` does it and no load.
+        """
         ...
 
     def missing_package(self, parameters: Mapping[str, Any]) -> str:
         """What ``pip install`` has to fetch before it can be had here; empty: nothing."""
         ...
 
-    def held_bytes(self, before: Component, after: Component) -> int:
-        """RAM that ``apply`` holds until it is undone, beside the weights of *after*."""
+    def held_bytes(self, before: Component, after: Component, *, is_loaded: bool) -> int:
+        """RAM that is held until it is undone, beside the weights of *after*.
+
+        *is_loaded* says that ``apply`` does it and no load.
+        """
         ...

@@ -113,3 +113,16 @@ def is_called_by_forward(component: Component, workload: Workload) -> bool:
     """Whether the call enters *component*, and never by another way, as it does autoencoders."""
     entries = {phase.entry for phase in workload.phases if phase.component == component.name}
     return entries == {"forward"}
+
+
+def changed_bytes(before: Component, after: Component) -> int:
+    """Return the bytes of tensors of *before* that *after* holds in another dtype, or not at all.
+
+    Tied tensors count once, with the place that comes first.
+    """
+    stored = {tensor.path: tensor.dtype for tensor in after.tensors}
+    return sum(
+        tensor.num_bytes
+        for tensor in before.tensors
+        if tensor.tied_to is None and stored.get(tensor.path) != tensor.dtype
+    )

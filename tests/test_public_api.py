@@ -18,7 +18,7 @@ def test_the_list_of_public_names_is_sorted_and_complete() -> None:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, errors.PipefitError)
     }
-    functions = {"apply", "auto_optimize", "plan", "predict", "probe"}
+    functions = {"apply", "auto_optimize", "load", "plan", "predict", "probe"}
     assert pipefit.__all__ == sorted(raised | functions)
     assert set(dir(pipefit)) >= set(pipefit.__all__)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedPipeline,
     )
     from pipefit.planner.api import apply, auto_optimize, plan, predict
+    from pipefit.planner.load import load
     from pipefit.planner.probe import probe
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedPipeline",
     "apply",
     "auto_optimize",
+    "load",
     "plan",
     "predict",
     "probe",
@@ -47,6 +49,7 @@ __all__ = [
 _HOME_OF = {
     "apply": "pipefit.planner.api",
     "auto_optimize": "pipefit.planner.api",
+    "load": "pipefit.planner.load",
     "plan": "pipefit.planner.api",
     "predict": "pipefit.planner.api",
     "probe": "pipefit.planner.probe",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.small_pipelines import flux, picture, small_call
 
-from pipefit import apply, plan
+from pipefit import apply, auto_optimize, plan
 from pipefit.cost_models.machine import Gpu
 from pipefit.errors import NoPlanFits
 from pipefit.planner.api import verify
@@ -93,6 +93,56 @@ def test_a_plan_of_casts_is_applied_and_taken_back(pipe: Any, smallest: dict[str
     made = _planned(pipe, smallest["balanced"], Quality.BALANCED)
     with apply(pipe, made):
         assert not picture(pipe, "flux").equal(before)
+    assert picture(pipe, "flux").equal(before)
+
+
+ON_NVIDIA = replace(MACHINE, gpus=(replace(NO_LIBRARIES, compute_capability=(8, 9)),))
+"""What the search offers quantisation on."""
+
+
+def test_a_plan_quantises_what_is_loaded_and_is_taken_back(
+    pipe: Any, smallest: dict[str, int]
+) -> None:
+    pytest.importorskip("torchao", reason="needs `pip install torchao`")
+    budget_bytes = (smallest["balanced"] + smallest["high"]) // 2
+    made = plan(
+        pipe,
+        budget_bytes,
+        call=CALL,
+        machine=ON_NVIDIA,
+        quality=Quality.BALANCED,
+        without=(*ALL_OFFLOADS, "layerwise_casting"),
+        rehearse=False,
+    )
+    assert made.quality is Quality.BALANCED
+    stored = {o.component: o.parameters for o in made.options if o.strategy == "quantization"}
+    assert stored["transformer"] == {"backend": "torchao", "type": "int8_weight_only"}
+    assert any(
+        "transformer is quantised by torchao once the plan is applied" in note
+        for note in made.prediction.assumptions
+    )
+
+    found = verify(made, pipe, call=CALL)
+    assert found.holds
+    for expected, phase in zip(made.prediction.phases, found.rehearsal.phases, strict=True):
+        assert phase.allocated_bytes == pytest.approx(expected.allocated_bytes, rel=SAME)
+
+    before = picture(pipe, "flux")
+    with apply(pipe, made):
+        assert not picture(pipe, "flux").equal(before)
+    assert picture(pipe, "flux").equal(before)
+
+
+def test_quantisation_that_is_asked_for_is_put_in_force_on_what_is_loaded(pipe: Any) -> None:
+    pytest.importorskip("torchao", reason="needs `pip install torchao`")
+    before, linear = picture(pipe, "flux"), pipe.transformer.proj_out
+    weight = linear.weight
+    asked = "quantization:backend=torchao,type=int8_weight_only@transformer"
+    with auto_optimize(pipe, call=CALL, quality="balanced", device="cpu", with_=asked) as applied:
+        assert "quantization" in {option.strategy for option in applied.plan.options}
+        assert linear.weight is not weight
+        assert not picture(pipe, "flux").equal(before)
+    assert linear.weight is weight
     assert picture(pipe, "flux").equal(before)
 
 

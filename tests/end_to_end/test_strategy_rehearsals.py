@@ -59,6 +59,7 @@ SOME_STAY = {"resident_blocks": 1, "num_slots": 2, "max_block_bytes": 16 << 10}
 FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "tf32": ({},),
     "cudnn_benchmark": ({},),
+    "prompt_first": ({},),
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
     "fused_qkv": ({},),
     "quantization": (

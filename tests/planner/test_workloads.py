@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -179,10 +180,27 @@ def test_fewer_bits_are_offered_at_the_quality_that_allows_them(flux_workload: A
 
 def test_what_a_loaded_pipeline_is_past_is_not_offered_and_said(flux_workload: Any) -> None:
     ways = _storages(flux_workload, RTX_4060, _policy(Quality.LOW), is_loaded=True)
-    assert {o.strategy for way in ways for o in way} == {"layerwise_casting"}
-    (said,) = _unoffered(flux_workload, RTX_4060, _policy(Quality.LOW))
-    assert "quantization is not offered: the pipeline is loaded already" in said
+    packed = [o.parameters for way in ways for o in way if o.strategy == "quantization"]
+    assert "layerwise_casting" in {o.strategy for way in ways for o in way}
+    said = _unoffered(flux_workload, RTX_4060, _policy(Quality.LOW))
+    nf4 = "quantization:backend=bitsandbytes,type=nf4 is not offered: the pipeline is loaded"
+    assert any(note.startswith(nf4) for note in said)
+    # What torchao makes of a live pipeline is offered where torchao is.
+    int8 = {"backend": "torchao", "type": "int8_weight_only"}
+    missing = "type=int8_weight_only is not offered: it needs `pip install torchao`."
+    is_missing = importlib.util.find_spec("torchao") is None
+    assert any(note.endswith(missing) for note in said) == is_missing
+    assert packed == ([] if is_missing else [int8] * 4)
     assert _unoffered(flux_workload, RTX_4060, _policy(Quality.HIGH)) == ()
+
+
+@pytest.mark.parametrize(
+    ("stored", "holds"),
+    [("backend=torchao,type=int8_weight_only", True), ("backend=bitsandbytes,type=int8", False)],
+)
+def test_originals_are_held_where_a_live_component_is_converted(stored: str, holds: bool) -> None:
+    seen = _observed(f"quantization:{stored}@transformer", quality=Quality.LOW)[0]
+    assert ("transformer" in seen.held_bytes) == holds
 
 
 def test_where_a_storage_is_asked_for_none_is_offered(flux_workload: Any) -> None:

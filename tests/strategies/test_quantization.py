@@ -217,11 +217,19 @@ def test_what_no_library_has_is_refused(parameters: dict[str, Any], words: str) 
 def test_what_is_quantised_while_it_loads_is_read_whole() -> None:
     before, after = described(t5()), described(quantized(t5(), backend="quanto", type="int8"))
 
-    def note(backend: str) -> str:
-        return QUANTIZATION.note({"backend": backend}, before, after)
+    def note(backend: str, type_: str, *, is_loaded: bool = False) -> str:
+        parameters = {"backend": backend, "type": type_}
+        return QUANTIZATION.note(parameters, before, after, is_loaded=is_loaded)  # type: ignore[attr-defined]
 
-    assert f"reads {format_bytes(before.weight_bytes)}." in note("quanto")
-    assert "reads" not in note("gguf")
+    assert f"reads {format_bytes(before.weight_bytes)}." in note("quanto", "int8")
+    assert "reads" not in note("gguf", "Q8_0")
+    assert "when it is loaded, not afterwards" in note("gguf", "Q8_0")
+    assert "not afterwards" not in note("quanto", "int8")
+    live = note("quanto", "int8", is_loaded=True)
+    assert "once the plan is applied" in live
+    held = QUANTIZATION.held_bytes(before, after, is_loaded=True)  # type: ignore[attr-defined]
+    assert f"{format_bytes(held)} of original weights" in live
+    assert QUANTIZATION.held_bytes(before, after, is_loaded=False) == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("placed", ["resident", "model_offload"])
@@ -272,8 +280,26 @@ def test_loading_is_the_peak_of_flux_in_four_bits_under_model_offload() -> None:
 
 
 def test_a_loaded_pipeline_is_told_to_load_again() -> None:
-    with pytest.raises(UnsupportedPipeline, match="load it with a quantization_config"):
-        QUANTIZATION.apply(None, "transformer", {"backend": "torchao"}, "cpu")
+    with pytest.raises(UnsupportedPipeline, match="load it by from_single_file"):
+        QUANTIZATION.apply(None, "transformer", {"backend": "gguf", "type": "Q8_0"}, "cpu")
+    with pytest.raises(UnsupportedPipeline, match=r"let pipefit\.load do it"):
+        QUANTIZATION.apply(None, "transformer", {"backend": "bitsandbytes", "type": "nf4"}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "goes"),
+    [
+        ({"backend": "torchao", "type": "int8_weight_only"}, True),
+        ({"backend": "torchao", "type": "int8_weight_only", "kept_dtype": "float32"}, False),
+        ({"backend": "torchao", "type": "int4_weight_only"}, False),
+        ({"backend": "quanto", "type": "int4"}, True),
+        ({"backend": "bitsandbytes", "type": "int8"}, False),
+    ],
+)
+def test_what_a_library_makes_of_live_modules_goes_on_loaded_ones(
+    parameters: dict[str, Any], goes: bool
+) -> None:
+    assert QUANTIZATION.goes_on_loaded(parameters) is goes  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -344,11 +370,13 @@ def test_a_backend_that_is_missing_is_said_with_what_to_install(backend: str) ->
     parameters = {"backend": backend, "type": TYPES[backend][0]}
     assert QUANTIZATION.missing_package(parameters) == missing  # type: ignore[attr-defined]
     before = described(t5())
-    note = QUANTIZATION.note(parameters, before, before)  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedPipeline) as caught:
-        QUANTIZATION.apply(None, "transformer", parameters, "cpu")
-    for text in (note, str(caught.value)):
-        assert (f"`pip install {package}`" in text) == bool(missing)
+    for is_loaded in (False, True):
+        note = QUANTIZATION.note(parameters, before, before, is_loaded=is_loaded)  # type: ignore[attr-defined]
+        assert (f"`pip install {package}`" in note) == bool(missing)
+    if missing or not QUANTIZATION.goes_on_loaded(parameters):  # type: ignore[attr-defined]
+        with pytest.raises(UnsupportedPipeline) as caught:
+            QUANTIZATION.apply(None, "transformer", parameters, "cpu")
+        assert (f"`pip install {package}`" in str(caught.value)) == bool(missing)
 
 
 def test_one_type_of_each_width_is_offered_for_nvidia_alone() -> None:
