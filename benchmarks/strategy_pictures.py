@@ -174,6 +174,8 @@ def measure(name: str, pipeline: str) -> Iterator[Measured]:
     """Compare the pictures of one small pipeline under each form of the strategy *name*."""
     about = subject(pipeline)
     for text, options in ({} if unmeasured(name) else everywhere(name, about)).items():
+        if not all(map(goes_on_loaded, options)):
+            continue
         quality = max((quality_of(option) for option in options), key=lambda one: one.rank)
         try:
             largest, psnr_db, fails = *apart(about.picture_with(options), about.expected), ""
@@ -190,8 +192,6 @@ def unmeasured(name: str) -> str:
 
     What has to be asked of a component is the components' matter: it makes no row.
     """
-    if is_unloaded(name):
-        return "it is for a pipeline that is yet to be loaded, with weights to be had"
     return NOT_ON_A_CPU.get(name, "")
 
 
@@ -225,11 +225,6 @@ class Pair:
             return False
         return len({option.component for option in self.together[1]} - {None}) < 2
 
-    @property
-    def is_unloaded(self) -> bool:
-        """Whether one of them is for a pipeline that is yet to be loaded."""
-        return any(is_unloaded(name) for name in (self.first, self.second))
-
 
 BOTH_PLACE = "both place the weights: choose one."
 """What :func:`pipefit.planner.apply.apply_options` says of two placements."""
@@ -240,8 +235,14 @@ def is_placing(option: Option) -> bool:
     return strategy(option.strategy).placement(option.parameters) is not None
 
 
-def is_unloaded(name: str) -> bool:
-    """Whether the strategy is for a pipeline that is yet to be loaded."""
+def goes_on_loaded(option: Option) -> bool:
+    """Whether a pipeline that is loaded already can be given *option*."""
+    one = strategy(option.strategy)
+    return not isinstance(one, Imitated) or one.goes_on_loaded(option.parameters)
+
+
+def _packs(name: str) -> bool:
+    """Whether others find weights under the strategy that are more than their parameters."""
     one = strategy(name)
     return isinstance(one, Imitated) and not one.is_rehearsed
 
@@ -276,7 +277,7 @@ def _on_one_component(first: str, second: str, name: str) -> Iterator[tuple[Opti
                 reason = conflict_of([one, other])
                 if is_placing(one) and is_placing(other):
                     reason = BOTH_PLACE
-                elif not reason and is_unloaded(first):
+                elif not reason and _packs(first):
                     loaded = _loaded(name, component, one)
                     reason = strategy(second).refusal(loaded, other.parameters)
                 yield one, other, impersonal(reason or "", described.class_name)

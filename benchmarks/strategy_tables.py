@@ -24,7 +24,6 @@ from benchmarks.strategy_pictures import (
     Measured,
     Pair,
     forms,
-    is_unloaded,
     measure,
     pairs,
     subject,
@@ -74,7 +73,7 @@ asks for every pair that is not, to be refused.
 - {APART}: only on different components of a pipeline: none of the small pipelines' takes both or,
   with a number, they exclude each other on one component for the reason of that number.
 - a number: they exclude each other, for the reason of that number below.
-- {NOTHING}: no small pipeline has components that take both.{unloaded}"""
+- {NOTHING}: no small pipeline has components that take both."""
 
 PICTURES = """\
 ## What a picture loses
@@ -203,14 +202,7 @@ def together(paired: Sequence[Pair]) -> str:
             if j
         ]
         lines.append(f"| {i + 1} | `{first}` | " + " | ".join(cells) + " |")
-    unloaded = [f"`{name}`" for name in names if is_unloaded(name)]
-    note = ""
-    if unloaded:
-        note = (
-            f"\n\nA pair with {' or '.join(unloaded)} is for a pipeline that is yet to be loaded:\n"
-            "it is rehearsed and not applied."
-        )
-    head = TOGETHER.format(YES=YES, APART=APART, NOTHING=NOTHING, unloaded=note)
+    head = TOGETHER.format(YES=YES, APART=APART, NOTHING=NOTHING)
     return "\n\n".join([head, "\n".join(lines), _numbered(reasons)])
 
 

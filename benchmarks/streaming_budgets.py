@@ -185,18 +185,17 @@ def table(name: str, machine: Machine) -> tuple[list[str], list[str]]:
     lines = [
         f"### {name}",
         "",
-        "| budget | plan | quality | a call | stock that fits | a call | rehearsed peak | off |",
-        "|---:|---|---|---:|---|---:|---:|---:|",
+        "| budget | plan | a call | stock that fits | a call | rehearsed peak | its time |",
+        "|---:|---|---:|---|---:|---:|---:|",
     ]
     wrong: list[str] = []
     before = None
     for row in rows(name, machine):
         stock_s = "" if row.stock_s is None else f"{row.stock_s:.1f} s"
-        cells = ["no plan", "", "", row.stock, stock_s, "", ""]
+        cells = ["no plan", "", row.stock, stock_s, "", ""]
         if row.plan is not None:
             cells = [
                 described(row.plan),
-                row.plan.quality.value,
                 f"{row.plan.prediction.latency.call_s:.1f} s",
                 row.stock,
                 stock_s,

@@ -195,16 +195,9 @@ def _given(value: Any) -> Any:
     """Return a call argument for use on the virtual machine; the caller's own stays as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(GPU)  # embeddings of another pipeline are on the GPU
-    return spared(value)
-
-
-def spared(value: Any) -> Any:
-    """Return a copy of a generator of the CPU, or of those in a list; else the argument itself.
-
-    Drawing from one is done for real, and would move the caller's on.
-    """
     if isinstance(value, list):
-        return [spared(v) if hasattr(v, "clone_state") else v for v in value]
+        return [_given(v) if hasattr(v, "clone_state") else v for v in value]
+    # Drawing from a generator of the CPU is done for real, and would move it on.
     is_ours_to_move = not hasattr(value, "clone_state") or value.device.type != "cpu"
     return value if is_ours_to_move else value.clone_state()
 

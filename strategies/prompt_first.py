@@ -1,20 +1,23 @@
 """Encode a prompt once: the next call with it finds what ``encode_prompt`` returned.
 
-The text encoders then rest, and where :func:`pipefit.load` loads the pipeline they are not even
-there any more: it reads them first, encodes the prompt of the call, drops them, and reads the rest.
-Only asked for, because what it saves depends on the next prompt.
+The text encoders then rest wherever their placement leaves them. Only asked for, because what it
+saves depends on the next prompt. Adapters must not be changed while it is in force, as under every
+plan: what was encoded with the earlier ones would come back.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
-from pipefit.errors import InvalidRequest, UnsupportedPipeline
+from pipefit.errors import UnsupportedPipeline
 from pipefit.strategies.live import wrap_method
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Quality, Undo
@@ -69,58 +72,49 @@ class PromptFirst:
         Raises:
             UnsupportedPipeline: the pipeline has no such method.
         """
-        return remember_prompts(pipe, Remembered())
+        if not callable(getattr(pipe, ENCODE_PROMPT, None)):
+            raise UnsupportedPipeline(
+                f"{type(pipe).__name__} has no encode_prompt whose result could be remembered: "
+                "leave prompt_first out."
+            )
+        return wrap_method(pipe, ENCODE_PROMPT, Remembered())
 
 
 class Remembered:
     """What ``encode_prompt`` returned, and for which arguments; a copy begins empty."""
 
-    def __init__(self, *, is_all: bool = False) -> None:
-        self.results: list[tuple[Mapping[str, Any], Any]] = []
-        self.is_all = is_all
-        """The text encoders are gone: what is not here cannot be had."""
+    def __init__(self) -> None:
+        self.results: list[tuple[Mapping[str, Any], Any, Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Remembered:
         return Remembered()
 
     def __call__(self, encode: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what *encode* returns.
+        """Return what *encode* returns, for the same arguments without calling it again."""
+        import torch
 
-        Raises:
-            InvalidRequest: that cannot be known any more.
-        """
         bound = inspect.signature(encode).bind(*args, **kwargs)
         bound.apply_defaults()
-        for given, (result, device) in self.results:
-            if _same(given, bound.arguments):
-                return _copied(result, device)
-        if self.is_all:
-            raise InvalidRequest(
-                "The pipeline was loaded with prompt_first for another prompt, and its text "
-                "encoders are gone: load it for this prompt, or without prompt_first."
-            )
+        devices = [v for v in bound.arguments.values() if isinstance(v, torch.device)]
+        given = {k: v for k, v in bound.arguments.items() if not isinstance(v, torch.device)}
+        # Some pipelines ask themselves instead of an argument.
+        given["guidance"] = _or_none(encode, "do_classifier_free_guidance")
+        for earlier, result, device in self.results:
+            if _same(earlier, given):
+                return _copied(result, devices[0] if devices else device)
         result = encode(*args, **kwargs)
-        self.add(bound.arguments, result)
+        if not any(isinstance(value, torch.Generator) for value in given.values()):
+            kept = (_snapshot(given), _copied(result, "cpu"), _device_of(result))
+            self.results = [*self.results[1 - MAX_REMEMBERED :], kept]
         return result
 
-    def add(self, arguments: Mapping[str, Any], result: Any) -> None:
-        """Keep *result*, in host memory, for those *arguments*."""
-        kept = (dict(arguments), (_copied(result, "cpu"), _device_of(result)))
-        self.results = [*self.results[1 - MAX_REMEMBERED :], kept]
 
-
-def remember_prompts(pipe: Any, remembered: Remembered) -> Undo:
-    """Let *pipe* ask *remembered* before it encodes a prompt; the result takes that back.
-
-    Raises:
-        UnsupportedPipeline: the pipeline has no ``encode_prompt``.
-    """
-    if not callable(getattr(pipe, ENCODE_PROMPT, None)):
-        raise UnsupportedPipeline(
-            f"{type(pipe).__name__} has no encode_prompt whose result could be remembered: leave "
-            "prompt_first out."
-        )
-    return wrap_method(pipe, ENCODE_PROMPT, remembered)
+def _or_none(method: Any, name: str) -> Any:
+    """Return an attribute of the pipeline that *method* is of, if it has it by now."""
+    try:
+        return getattr(getattr(method, "__self__", None), name, None)
+    except AttributeError:  # a property of what the call has not set
+        return None
 
 
 def _device_of(value: Any) -> Any:
@@ -136,13 +130,31 @@ def _copied(value: Any, device: Any) -> Any:
     return recursively_apply(lambda tensor: tensor.to(device, copy=True), value)
 
 
+def _snapshot(value: Any) -> Any:
+    """Return an argument as it is now, in host memory, whatever the caller does to it later."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _snapshot(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_snapshot, value))
+    return copy.copy(value)
+
+
 def _same(one: Any, other: Any) -> bool:
     import torch
 
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.device == other.device and torch.equal(one, other)
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and type(one) is type(other):
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
-    return one is other or bool(type(one) is type(other) and one == other)
+    try:
+        return bool(np.all(one == other))
+    except ValueError:  # arrays of different shapes
+        return False

@@ -133,17 +133,7 @@ def test_a_folder_without_weights_is_said(saved: Callable[[str], Path], tmp_path
         loaded(tmp_path / "bare", "stable_diffusion_xl")
 
 
-def test_text_encoders_are_gone_once_the_prompt_is_encoded(saved: Callable[[str], Path]) -> None:
-    name = "stable_diffusion_xl"
-    expected = picture(loaded(saved(name), name), name)
-    call = small_call(name)
-    before = call["generator"].get_state()
-    pipe = loaded(saved(name), name, call=call, with_=["prompt_first"])
-    assert torch.equal(call["generator"].get_state(), before)
-    assert pipe.text_encoder is None
-    # Text encoders lie as in their file now, where the CPU's kernels add up otherwise.
-    assert torch.allclose(picture(pipe, name), expected, atol=1e-5)
-    with pytest.raises(pipefit.InvalidRequest, match="another prompt"):
-        picture(pipe, name, prompt="something else")
-    pipe.pipefit.undo()
-    assert "encode_prompt" not in vars(pipe)
+def test_files_of_the_fp16_variant_alone_are_read(tmp_path: Path) -> None:
+    untouched("stable_diffusion_xl")[0].save_pretrained(tmp_path, variant="fp16")
+    pipe = loaded(tmp_path, "stable_diffusion_xl", dtype=torch.bfloat16)
+    assert pipe.unet.dtype == torch.bfloat16

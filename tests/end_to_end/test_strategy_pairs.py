@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -29,13 +28,10 @@ from benchmarks.strategy_pictures import (
     unmeasured,
 )
 from benchmarks.strategy_tables import DOCUMENT, MARGIN_DB
-from tests.small_pipelines import small_call
 
-from pipefit import predict
-from pipefit.errors import ApplyFailed, InvalidRequest
+from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies import BUILT_IN, quality_of
 from pipefit.strategies.strategy import Option, Quality
@@ -147,10 +143,7 @@ def test_a_pair_goes_together_or_says_why_not(first: str, second: str) -> None:
         return
     name, options = found.together
     parts = [spread(o, name) if found.shares_component else [o] for o in options]
-    if found.is_unloaded:
-        _is_rehearsed(name, [option for part in parts for option in part])
-    else:
-        _is_applied_and_undone(name, parts)
+    _is_applied_and_undone(name, parts)
 
 
 def _is_refused(found: Pair) -> None:
@@ -160,32 +153,13 @@ def _is_refused(found: Pair) -> None:
     pipe = subject(name).pipe
     before = snapshot(pipe)
     with pytest.raises(InvalidRequest) as refusal:
-        _ask(pipe, name, options, is_loaded=not found.is_unloaded)
+        apply_options(pipe, options, "cpu")
     said = str(refusal.value)
     # What one would say of any component is "it" in the table: the rest of the sentence remains.
     reason = "choose one." if found.excluded == BOTH_PLACE else found.excluded.removeprefix("It ")
     assert said.endswith(reason)
     assert re.search(r"\w\. [A-Z]", said) is None
     assert differences(before, snapshot(pipe)) == ()
-
-
-def _ask(pipe: Any, name: str, options: Sequence[Option], *, is_loaded: bool) -> None:
-    if is_loaded:
-        apply_options(pipe, options, "cpu")
-    else:
-        predict(pipe, options, call=small_call(name), machine=MACHINE)
-
-
-def _is_rehearsed(name: str, options: Sequence[Option]) -> None:
-    """What is for a pipeline yet to be loaded is refused by a loaded one and rehearsed."""
-    pipe = subject(name).pipe
-    is_on_two = any(option.strategy == "device_map" for option in options)
-    machine = reference_machine(["rtx-4090", "rtx-4090"]) if is_on_two else MACHINE
-    predicted = predict(pipe, options, call=small_call(name), machine=machine)
-    gpus = machine.gpus if is_on_two else (ON_THE_CPU,)
-    assert rehearse(pipe, predicted.options, small_call(name), gpus)
-    with pytest.raises(ApplyFailed, match="everything was undone"):
-        apply_options(pipe, options, "cpu")
 
 
 def _is_applied_and_undone(name: str, parts: Sequence[Sequence[Option]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.end_to_end.small_runs import untouched
@@ -14,7 +15,8 @@ from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import find_gpu, reference_machine
 from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot
-from pipefit.strategies.prompt_first import MAX_REMEMBERED, Remembered, remember_prompts
+from pipefit.strategies import strategy
+from pipefit.strategies.prompt_first import MAX_REMEMBERED, Remembered
 from pipefit.strategies.strategy import Option
 
 PROMPT_FIRST = Option(strategy="prompt_first")
@@ -67,12 +69,31 @@ def test_what_is_remembered_is_nobody_s_to_change() -> None:
     assert len(remembered.results) == MAX_REMEMBERED
 
 
-def test_once_text_encoders_are_gone_another_prompt_is_refused() -> None:
-    remembered = Remembered(is_all=True)
-    remembered.add({"prompt": "a"}, torch.ones(1))
-    assert remembered(lambda prompt: None, "a").tolist() == [1]
-    with pytest.raises(InvalidRequest, match="another prompt"):
-        remembered(lambda prompt: None, "b")
+def test_arguments_are_remembered_as_they_were() -> None:
+    remembered, calls = Remembered(), []
+
+    def encode(prompt: Any, image: Any = None, generator: Any = None) -> Any:
+        calls.append(prompt)
+        return torch.ones(1)
+
+    prompt, image = ["a cat"], np.zeros(3)
+    remembered(encode, prompt, image)
+    remembered(encode, ["a cat"], np.zeros(3))
+    assert len(calls) == 1
+    prompt[0] = "a dog"
+    remembered(encode, prompt, image)
+    image[1] = 1
+    remembered(encode, prompt, image)
+    remembered(encode, prompt, np.zeros(4))
+    assert len(calls) == 4
+    embedded = torch.zeros(2)
+    remembered(encode, embedded)
+    embedded.add_(1)
+    remembered(encode, embedded)
+    assert len(calls) == 6
+    for _ in range(2):  # whose state nobody compares
+        remembered(encode, "a", generator=torch.Generator())
+    assert len(calls) == 8
 
 
 def test_later_calls_are_predicted_without_encoding() -> None:
@@ -101,7 +122,7 @@ def test_it_rehearses_like_the_call_without_it() -> None:
 
 def test_a_pipeline_without_the_method_is_refused() -> None:
     with pytest.raises(UnsupportedPipeline, match="no encode_prompt"):
-        remember_prompts(object(), Remembered())
+        strategy("prompt_first").apply(object(), None, {}, "cpu")
     pipe, _ = untouched("stable_video_diffusion")
     with pytest.raises(InvalidRequest, match="encodes no prompt"):
         predict(
