@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipefit.cost_models import memory, replay, workspace
+from pipefit.planner import stage
 
 Cache = list[Tensor]
 """One tensor, or none once it was used: whoever holds the list no longer holds the tensor."""
@@ -133,6 +134,7 @@ def torch_version(version: str) -> Iterator[None]:
     with (
         patch.object(memory, "cublas_bytes", lambda gpu, _: older(gpu)),
         patch.object(replay, "cublas_bytes", lambda gpu, _: older(gpu)),
+        patch.object(stage, "cublas_bytes", lambda gpu, _: older(gpu)),
     ):
         yield
 
