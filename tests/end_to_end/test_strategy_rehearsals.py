@@ -315,8 +315,8 @@ def test_quantised_weights_move_at_their_stored_size() -> None:
 
 def test_a_plan_with_quantised_weights_is_rehearsed_and_not_applied() -> None:
     pipe, _ = untouched("flux")
-    int8 = unnamed("quantization", FORMS["quantization"][0])
-    predicted = predict(pipe, [int8], call=small_call("flux"), machine=MACHINE)
+    nf4 = unnamed("quantization", {"backend": "bitsandbytes", "type": "nf4"})
+    predicted = predict(pipe, [nf4], call=small_call("flux"), machine=MACHINE)
     assert rehearse(pipe, predicted.options, small_call("flux"), NO_LIBRARIES)
     with pytest.raises(ApplyFailed, match="is loaded already"):
         apply_options(pipe, predicted.options, "cpu")
