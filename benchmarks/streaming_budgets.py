@@ -116,8 +116,7 @@ class Row:
             found.append(f"{call_s / self.stock_s - 1:.2%} slower than stock")
         if before is not None and before.plan is not None:
             earlier_s = before.plan.prediction.latency.call_s
-            is_better = self.plan.quality.rank < before.plan.quality.rank
-            if call_s > earlier_s and not is_better:
+            if call_s > earlier_s:
                 found.append(f"{call_s / earlier_s - 1:.2%} slower than with less memory")
         if abs(self.off) > CLOSE:
             found.append(f"time {self.off:+.1%} of the rehearsal")

@@ -7,7 +7,8 @@ bound over whole arrays of partial selections at a time, with Lagrangian bounds.
 
 What a reader would get wrong: the winner is *not* the fastest selection. Among everything within
 2 % of the best time the better quality wins; of that quality, as far as it is not slower than the
-best that diffusers offers on its own, the lower peak, then fewer strategies, then time. Every rule
+best that diffusers offers on its own (and, if that can be had, than what would be chosen if quality
+did not count), the lower peak, then fewer strategies, then time. Every rule
 is one more exact minimisation inside the box that the rules before it left, so the result equals
 brute force and does not depend on the order of the input. Seconds are compared as whole
 nanoseconds: sums of integers have no order of summation.
@@ -149,7 +150,9 @@ def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     and not slower than any stock one, that with the lowest peak, then the fewest strategies, the
     least time; what is still equal is settled by the sums of quality ranks and bytes and by the
     names, never by the order of the input. Stock is what diffusers does on its own: one of its ways
-    of placing weights wherever that can be had, another of them elsewhere.
+    of placing weights wherever that can be had, another of them elsewhere. The better quality costs
+    time only where it must: where some of its selections are not slower than what these rules would
+    choose without quality, the others are out.
 
     >>> slow = Candidate(key="offload", phase_bytes=(1,), call_s=3.0)
     >>> fast = Candidate(key="resident", phase_bytes=(8,), call_s=1.0)
@@ -158,18 +161,14 @@ def search(problems: Sequence[Problem], limits: Limits) -> Selection | None:
     >>> [search([unet], Limits(budget_bytes=b)).choices["unet"].key for b in (9, 8)]
     ['resident', 'offload']
     """
-    boxes = _no_slower_than_stock(
-        _best_quality(_fastest(_boxes(problems, limits))), problems, limits
-    )
-    for columns in (
-        _Columns.phases,
-        _Columns.num_strategies,
-        _Columns.time,
-        _Columns.quality,
-        _Columns.all_bytes,
-    ):
-        if sum(box.num_selections() for box in boxes) > 1:
-            _, boxes = _least(boxes, columns)
+    fast = _fastest(_boxes(problems, limits))
+    boxes = _best_quality(fast)
+    if boxes is not fast:
+        lesser = _least_in_turn(_no_slower_than_stock(fast, problems, limits), *_PREFERENCE)
+        lesser_ns, _ = _least(lesser, _Columns.time)
+        boxes = _no_slower(boxes, lesser_ns) or boxes
+    boxes = _no_slower_than_stock(boxes, problems, limits)
+    boxes = _least_in_turn(boxes, *_PREFERENCE, _Columns.quality, _Columns.all_bytes)
     return _first_by_name(boxes)
 
 
@@ -257,7 +256,7 @@ def _worse(selection: Selection, chosen: Selection) -> str:
     if slower * 100 > TIME_TOLERANCE_PERCENT:
         return f"{slower:.0%} slower" if slower < 1 else f"{slower + 1:.1f} times as slow"
     if _preference(selection) < _preference(chosen):
-        return "slower than diffusers on its own"
+        return "slower than diffusers on its own, or than at lower quality"
     if selection.quality_rank > chosen.quality_rank:
         return "as fast, but lower quality"
     if selection.peak_bytes > chosen.peak_bytes:
@@ -295,6 +294,10 @@ class _Columns:
     quality = slice(4, 5)
     all_bytes = slice(5, 6)
     phases = slice(6, None)
+
+
+_PREFERENCE = (_Columns.phases, _Columns.num_strategies, _Columns.time)
+"""What decides, one after the other, between selections of one quality that are fast enough."""
 
 
 @dataclass(frozen=True)
@@ -438,7 +441,12 @@ def _no_slower_than_stock(
         return boxes
     rank = max(float(r[:, _Columns.quality].max()) for box in boxes for r in box.rows)
     stock_ns, _ = _least(_boxes(list(_stock(problems, rank)), limits), _Columns.time)
-    capped = [box.capped(_Columns.time, stock_ns).reduced() for box in boxes]
+    return _no_slower(boxes, stock_ns)
+
+
+def _no_slower(boxes: Sequence[_Box], most_ns: float) -> Sequence[_Box]:
+    """Return the boxes capped to *most_ns*, without those in which nothing is as fast."""
+    capped = [box.capped(_Columns.time, most_ns).reduced() for box in boxes]
     return [b for b in capped if _minimise(b, _Columns.time, enough=math.inf)[0] is not None]
 
 
@@ -506,6 +514,14 @@ def _least(boxes: Sequence[_Box], columns: slice) -> tuple[float, list[_Box]]:
             least = value
             found.append((value, box))
     return least, [box.capped(columns, least).reduced() for value, box in found if value == least]
+
+
+def _least_in_turn(boxes: Sequence[_Box], *order: slice) -> Sequence[_Box]:
+    """Return what is left of the boxes by the least of one after the other of the columns."""
+    for columns in order:
+        if sum(box.num_selections() for box in boxes) > 1:
+            _, boxes = _least(boxes, columns)
+    return boxes
 
 
 def _first_by_name(boxes: Sequence[_Box]) -> Selection | None:
