@@ -39,6 +39,10 @@ from pipefit.strategies.strategy import Option, Quality
 MAX_REPLAYS = 12
 """How often the search is asked again before the smallest selection is taken instead."""
 
+NUM_HALVINGS = 5
+"""How often charges are halved that rule out more than they need to; our choice: the last is 3 %
+of the charge, and each takes a search and a replay."""
+
 MAX_REHEARSALS = 4
 """How many candidates are rehearsed before the smallest is; our choice: each takes seconds."""
 
@@ -161,30 +165,22 @@ class Candidates:
     def best(self, limits: Limits) -> Configuration | None:
         """Return the best configuration whose replay keeps the budget; None if there is none.
 
-        What a replay needs beyond the sums (fragmentation, blocks) is added to its problem, phase
-        by phase, before the search is asked again; what a rehearsal needs beyond the replay, to the
-        placement that is to blame.
+        What a rehearsal needs beyond the replay is added to the placement that is to blame before
+        the search is asked again.
         """
         budget_bytes = limits.budget_bytes
         assert budget_bytes is not None
         problems = {problem.name: problem for problem in self.loadable(budget_bytes)}
-        more = len(budget_bytes) if isinstance(budget_bytes, Mapping) else 0  # each may be exceeded
-        for _ in range(MAX_REPLAYS + more):
-            selection = search(list(problems.values()), limits)
-            if selection is None:
+        while len(self.refuted) < MAX_REHEARSALS:
+            found = self._kept_by_replay(problems, limits)
+            if found is None:
                 break
-            found = self.configure(selection, budget_bytes)
-            problem = problems[selection.problem]
-            if found.over_bytes(budget_bytes) > 0:
-                problems[problem.name] = _charged(problem, found, budget_bytes)
-                continue
             found = self.rehearsed(found, budget_bytes)
             if found.over_bytes(budget_bytes) <= 0:
                 return found
+            problem = problems[found.selection.problem]
             problems[problem.name] = _charged_alike(problem, found)
             self.refuted.append(found)
-            if len(self.refuted) == MAX_REHEARSALS:
-                break
         smallest = self.smallest(limits, is_checked=False)
         if smallest is not None and smallest.over_bytes(budget_bytes) <= 0:
             smallest = self.rehearsed(smallest, budget_bytes)
@@ -192,6 +188,44 @@ class Candidates:
                 return smallest
             self.refuted.append(smallest)
         return None
+
+    def _kept_by_replay(
+        self, problems: Mapping[str, Problem], limits: Limits
+    ) -> Configuration | None:
+        """Return the best configuration of *problems* whose replay keeps the budget.
+
+        What a replay needs beyond the sums (fragmentation, blocks) is added to its problem, phase
+        by phase, before the search is asked again. Other selections may need less: so between the
+        charges that refuted something and those that did not, what is best is sought by halving.
+        """
+        budget_bytes = limits.budget_bytes
+        assert budget_bytes is not None
+
+        def asked(charged: Mapping[str, Problem]) -> Configuration | None:
+            selection = search(list(charged.values()), limits)
+            return selection and self.configure(selection, budget_bytes)
+
+        floor, ceiling = dict(problems), dict(problems)
+        more = len(budget_bytes) if isinstance(budget_bytes, Mapping) else 0  # each may be exceeded
+        best = asked(ceiling)
+        for _ in range(MAX_REPLAYS + more):
+            if best is None or best.over_bytes(budget_bytes) <= 0:
+                break
+            name = best.selection.problem
+            ceiling[name] = _charged(ceiling[name], best, budget_bytes)
+            best = asked(ceiling)
+        if ceiling == floor:
+            return best
+        if best is not None and best.over_bytes(budget_bytes) > 0:
+            best = None
+        for _ in range(NUM_HALVINGS):
+            middle = {name: _between(floor[name], ceiling[name]) for name in ceiling}
+            found = asked(middle)
+            if found is not None and found.over_bytes(budget_bytes) > 0:
+                floor = middle
+            else:
+                best, ceiling = found, middle
+        return best
 
     def loadable(self, budget_bytes: int | Mapping[int, int]) -> list[Problem]:
         """Return the problems whose weights can be loaded within *budget_bytes*.
@@ -290,6 +324,12 @@ def _charged(problem: Problem, found: Configuration, budget_bytes: Budget) -> Pr
     ]
     base = tuple(b + m for b, m in zip(problem.base_bytes, more, strict=True))
     return replace(problem, base_bytes=base)
+
+
+def _between(floor: Problem, ceiling: Problem) -> Problem:
+    """Return the problem with half of what *ceiling* is charged more than *floor*."""
+    base = zip(floor.base_bytes, ceiling.base_bytes, strict=True)
+    return replace(floor, base_bytes=tuple((less + more) // 2 for less, more in base))
 
 
 def _charged_alike(problem: Problem, found: Configuration) -> Problem:

@@ -213,7 +213,7 @@ def test_a_remembered_rehearsal_imports_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_would_take_long_is_left_to_verify() -> None:
-    plan = api.plan("wan2.1-t2v-1.3b", "8GB", machine=CARD)
+    plan = api.plan("wan2.1-t2v-1.3b", "8GB", machine=CARD, with_=["vae_tiling"])
     assert plan.rehearsal is None
     assert plan.not_rehearsed.startswith("would take about ")
     assert "`pipefit verify`" in str(plan)
