@@ -62,7 +62,8 @@ def load(
 
     Returns:
         The pipeline. Its attribute ``pipefit`` is what :func:`pipefit.auto_optimize` returns: the
-        plan, and ``undo()``, which leaves what happened while it was loaded.
+        plan, and ``undo()``, which leaves what happened while it was loaded, the shards of
+        ``sharded_checkpoint`` in the cache included.
 
     Raises:
         InvalidRequest: the pipeline cannot be loaded, a package for quantised weights is missing,

@@ -282,8 +282,34 @@ def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Optio
                 and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
             )
         ):
-            found.append(option)
+            is_sharded = one.name == "sharded_checkpoint"
+            found.append(
+                replace(option, reason=_shards_reason(workload, option)) if is_sharded else option
+            )
     return tuple(found)
+
+
+def _shards_reason(workload: Workload, option: Option) -> str:
+    """Say what loading takes without shards and with them."""
+    (before, kept_before), (after, kept_after) = (
+        (
+            host_peak(
+                workload.components,
+                {},
+                (),
+                checkpoints=checkpoints(workload, options),
+                rewriting_bytes=rewriting_bytes(workload, options),
+            ).load_bytes
+            - LOADING_PROCESS_BYTES,
+            unmapped_bytes(workload.components, checkpoints(workload, options)),
+        )
+        for options in ([], [option])
+    )
+    return (
+        f"Reading the weights takes {format_bytes(after)} of RAM instead of {format_bytes(before)},"
+        f" of which {format_bytes(kept_after)} and not {format_bytes(kept_before)} are no pages of "
+        "files."
+    )
 
 
 def _wants_shards(workload: Workload, option: Option, policy: Policy) -> bool:

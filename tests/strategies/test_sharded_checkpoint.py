@@ -159,6 +159,24 @@ def test_a_pipeline_of_old_pickles_is_loaded_from_shards(
     assert sorted(old.rglob("*")) == before
 
 
+def test_a_plan_with_it_is_rehearsed_without_reading_a_file(
+    old: Path,
+) -> None:
+    asked: dict[str, Any] = {
+        "call": small_call(NAME),
+        "machine": reference_machine(["rtx-4060"]),
+        "dtype": "float32",
+        "rehearse": True,
+    }
+    plain = pipefit.plan(old, "4GB", **asked)
+    shards = pipefit.plan(old, "4GB", with_=["sharded_checkpoint"], **asked)
+    assert shards.rehearsal is not None
+    assert shards.rehearsal == plain.rehearsal
+    assert shards.prediction.peak_vram == plain.prediction.peak_vram
+    said = next(o.reason for o in shards.options if o.strategy == "sharded_checkpoint")
+    assert "of RAM instead of" in said
+
+
 def test_it_is_chosen_where_the_ram_budget_asks_for_it_and_nowhere_else(old: Path) -> None:
     """A transformer in two old pickles of 3 GB: read whole 6, rewritten one of them and a shard."""
     gpu = reference_machine(["rtx-4060"]).gpus[0]
