@@ -159,6 +159,19 @@ def test_a_pipeline_of_old_pickles_is_loaded_from_shards(
     assert sorted(old.rglob("*")) == before
 
 
+def test_files_of_the_fp16_variant_stay_that_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / NAME
+    untouched(NAME)[0].save_pretrained(folder, variant="fp16")
+    pipe = loaded(folder, dtype="bfloat16", with_=["sharded_checkpoint:max_shard_size=100kB"])
+    plain = DiffusionPipeline.from_pretrained(folder, variant="fp16", dtype=torch.bfloat16)
+    assert same_weights(plain, pipe)
+    written = {file.parent.name for file in (tmp_path / "cache").rglob("*.fp16.safetensors")}
+    assert written
+
+
 def test_a_plan_with_it_is_rehearsed_without_reading_a_file(
     old: Path,
 ) -> None:
