@@ -33,6 +33,7 @@ from pipefit.strategies.strategy import Imitated, Option, Quality
 NOT_ON_A_CPU: Mapping[str, str] = {
     "tf32": "it changes matrix products of NVIDIA GPUs alone",
     "cudnn_benchmark": "cuDNN runs on NVIDIA GPUs alone",
+    "sharded_checkpoint": "it is for files, and these pipelines are loaded",
     "compile": "it needs a C++ compiler and minutes; what inductor makes for a GPU is other code",
 }
 """Strategies whose pictures on a CPU say nothing -> why."""

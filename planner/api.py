@@ -254,6 +254,7 @@ def _priced(
         held_bytes=seen.held_bytes,
         shared=shared,
         num_cores=machine.host.num_cores,
+        disk_bytes_per_s=machine.host.disk_bytes_per_s,
         models=models,
     )
 

@@ -32,11 +32,13 @@ from pipefit.planner.options import (
     Pick,
     Pricing,
     at_device,
+    checkpoints,
     device_peak,
     host_notes,
     loading_notes,
     phase_prediction,
     process_options,
+    rewriting_bytes,
 )
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
@@ -506,6 +508,8 @@ class DevicePricing:
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
             stored_bytes=main.stored_bytes(),
+            checkpoints=checkpoints(self.workload, main.process_options),
+            rewriting_bytes=rewriting_bytes(self.workload, main.process_options),
             activation_bytes=main.host_activation_bytes(picks),
         )
         loading_bytes = self.memory.loading_bytes()
@@ -528,7 +532,7 @@ class DevicePricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes,
+            disk_bytes=host.disk_bytes + main.rewritten_bytes(),
             assumptions=(
                 *self.workload.assumptions,
                 *main.notes(picks, first_s - call_s),

@@ -8,7 +8,9 @@ larger weights nor a second copy of them is ever in memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,14 @@ from pipefit.planner import api
 from pipefit.planner.build import DTYPES, build_pipeline, quietly
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.policy import BudgetRequest
+from pipefit.planner.trace_cache import cache_folder
 from pipefit.planner.workloads import Progress
-from pipefit.strategies import strategy
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.describe import describe_component
+from pipefit.strategies.live import module_components
 from pipefit.strategies.loader_config import loader_config
 from pipefit.strategies.quantization import Quantization
+from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes, with_shards
 from pipefit.strategies.strategy import Imitated, Option, Quality
 
 
@@ -56,7 +62,8 @@ def load(
 
     Returns:
         The pipeline. Its attribute ``pipefit`` is what :func:`pipefit.auto_optimize` returns: the
-        plan, and ``undo()``, which leaves what happened while it was loaded.
+        plan, and ``undo()``, which leaves what happened while it was loaded, the shards of
+        ``sharded_checkpoint`` in the cache included.
 
     Raises:
         InvalidRequest: the pipeline cannot be loaded, a package for quantised weights is missing,
@@ -85,7 +92,8 @@ def load(
     )
     at_load = [option for option in made.options if _is_at_load(option)]
     _check_packages(at_load)
-    pipe = _read(folder, chosen, at_load, torch.device(api.torch_device(made.gpu)), progress)
+    with _in_shards(folder, chosen, at_load, progress) as source:
+        pipe = _read(source, chosen, at_load, torch.device(api.torch_device(made.gpu)), progress)
     pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
     return pipe
 
@@ -133,7 +141,8 @@ def _name_of(dtype: Any) -> Any:
 def _is_at_load(option: Option) -> bool:
     """Whether nothing but reading the weights can do it, or does it better."""
     one = strategy(option.strategy)
-    return one.name == "precision" or isinstance(one, Quantization)
+    at_load = ("precision", "sharded_checkpoint")
+    return one.name in at_load or isinstance(one, Quantization)
 
 
 def _check_packages(at_load: Sequence[Option]) -> None:
@@ -145,6 +154,46 @@ def _check_packages(at_load: Sequence[Option]) -> None:
                 f"The plan stores {option.component} by {option.parameters['backend']}, which is "
                 f"not installed: `pip install {missing}`, or load without {option.strategy}."
             )
+
+
+@contextlib.contextmanager
+def _in_shards(
+    folder: Path,
+    dtype: Mapping[str, str],
+    at_load: Sequence[Option],
+    progress: Progress | None,
+) -> Iterator[Path]:
+    """Rewrite what ``sharded_checkpoint`` is for; give the folder to read from meanwhile."""
+    asked = next((o for o in at_load if o.strategy == "sharded_checkpoint"), None)
+    if asked is None:
+        yield folder
+        return
+    most_bytes = shard_bytes(asked.parameters)
+    casts = {str(o.component): o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
+    stored = {o.component for o in at_load if isinstance(strategy(o.strategy), Quantization)}
+    with quietly():
+        pipe, _ = build_pipeline(folder, dtype={**dtype, **casts})
+    names = [
+        name
+        for name, module in module_components(pipe).items()
+        if name not in stored
+        and (about := describe_component(name, module, traits_of(module)))
+        and (found := checkpoint_of(about))
+        and found.gains_from(most_bytes, about.library)
+    ]
+    if progress is not None:
+        progress(f"rewriting {' and '.join(names) or 'nothing'} in shards …")
+    try:
+        linked = with_shards(folder, names, most_bytes, cache_folder() / "checkpoints")
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InvalidRequest(
+            f"{' and '.join(names)} could not be rewritten in shards ({error}): make room on the "
+            "disk, name a folder by PIPEFIT_CACHE, or leave sharded_checkpoint out."
+        ) from error
+    try:
+        yield linked
+    finally:
+        shutil.rmtree(linked)  # links alone: what is mapped stays in the cache
 
 
 def _read(

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
+from pipefit.cost_models.host_memory import (
+    LOADING_PROCESS_BYTES,
+    Checkpoint,
+    HostPeak,
+    host_bytes,
+    host_peak,
+    unmapped_bytes,
+)
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import PhaseMemory, simulate
@@ -50,6 +57,7 @@ from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
 from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE
+from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes
 from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -259,17 +267,99 @@ def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Optio
 
     They change the time of every candidate and the memory of none, so they are no axis of the
     search: each is taken, for all candidates or for none, where the time that it saves the
-    untouched pipeline is no tie.
+    untouched pipeline is no tie. Shards of a checkpoint are for RAM: where a budget of it asks.
     """
     found = []
     for one in _allowed("process", policy):
-        option = Option(strategy=one.name)
-        if _is_required(policy, one) or (
-            any(one.options(c, workload, gpu) for c in workload.components)
-            and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
+        option = next(
+            (o for o in policy.required if o.strategy == one.name), Option(strategy=one.name)
+        )
+        if (
+            _is_required(policy, one)
+            or (one.name == "sharded_checkpoint" and _wants_shards(workload, option, policy))
+            or (
+                any(one.options(c, workload, gpu) for c in workload.components)
+                and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
+            )
         ):
-            found.append(option)
+            is_sharded = one.name == "sharded_checkpoint"
+            found.append(
+                replace(option, reason=_shards_reason(workload, option)) if is_sharded else option
+            )
     return tuple(found)
+
+
+def _shards_reason(workload: Workload, option: Option) -> str:
+    """Say what loading takes without shards and with them."""
+    (before, kept_before), (after, kept_after) = (
+        (
+            host_peak(
+                workload.components,
+                {},
+                (),
+                checkpoints=checkpoints(workload, options),
+                rewriting_bytes=rewriting_bytes(workload, options),
+            ).load_bytes
+            - LOADING_PROCESS_BYTES,
+            unmapped_bytes(workload.components, checkpoints(workload, options)),
+        )
+        for options in ([], [option])
+    )
+    return (
+        f"Reading the weights takes {format_bytes(after)} of RAM instead of {format_bytes(before)},"
+        f" of which {format_bytes(kept_after)} and not {format_bytes(kept_before)} are no pages of "
+        "files."
+    )
+
+
+def _wants_shards(workload: Workload, option: Option, policy: Policy) -> bool:
+    """Whether loading exceeds the RAM budget by files that are read whole, and shards keep it."""
+    if policy.ram_bytes is None:
+        return False
+    before, after = (
+        unmapped_bytes(workload.components, checkpoints(workload, options))
+        for options in ([], [option])
+    )
+    room_bytes = policy.ram_bytes - LOADING_PROCESS_BYTES
+    after = max(after, rewriting_bytes(workload, [option]))
+    return after <= room_bytes < before
+
+
+def checkpoints(workload: Workload, options: Sequence[Option]) -> dict[str, Checkpoint]:
+    """Return what components are read from, as far as it is known, under *options*."""
+    found = {c.name: checkpoint for c in workload.components if (checkpoint := checkpoint_of(c))}
+    for option in options:
+        if option.strategy == "sharded_checkpoint":
+            most_bytes = shard_bytes(option.parameters)
+            for name in sharded(workload, most_bytes):
+                found[name] = found[name].in_shards(most_bytes)
+    return found
+
+
+def sharded(workload: Workload, most_bytes: int) -> list[str]:
+    """Return the components that take less RAM while they load from shards of *most_bytes*."""
+    return [
+        c.name
+        for c in workload.components
+        if (checkpoint := checkpoint_of(c)) and checkpoint.gains_from(most_bytes, c.library)
+    ]
+
+
+def rewriting_bytes(workload: Workload, options: Sequence[Option]) -> int:
+    """Return the most that rewriting checkpoints takes: a shard, or a file that is read whole."""
+    needed_bytes = 0
+    for option in options:
+        if option.strategy == "sharded_checkpoint":
+            most_bytes = shard_bytes(option.parameters)
+            for name in sharded(workload, most_bytes):
+                checkpoint = checkpoint_of(workload.component(name))
+                assert checkpoint is not None
+                # Beside the pages that are read, the bytes of what is being written.
+                needed_bytes = max(needed_bytes, 2 * min(most_bytes, sum(checkpoint.file_bytes)))
+                if checkpoint.is_read_whole:
+                    whole_bytes = max(checkpoint.file_bytes)
+                    needed_bytes = max(needed_bytes, whole_bytes + min(most_bytes, whole_bytes))
+    return needed_bytes
 
 
 def flags_of(options: Sequence[Option]) -> Flags:
@@ -302,8 +392,10 @@ class Pricing:
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
         num_cores: int = 1,
+        disk_bytes_per_s: float = 1.0e9,
         models: Models | None = None,
     ) -> None:
+        self._disk_bytes_per_s = disk_bytes_per_s
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
@@ -615,6 +707,8 @@ class Pricing:
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
             stored_bytes=self.stored_bytes(),
+            checkpoints=checkpoints(self.workload, self.process_options),
+            rewriting_bytes=rewriting_bytes(self.workload, self.process_options),
             activation_bytes=self.host_activation_bytes(picks),
         )
         loading_bytes = self.memory.loading_bytes()
@@ -629,7 +723,7 @@ class Pricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes,
+            disk_bytes=host.disk_bytes + self.rewritten_bytes(),
             assumptions=(
                 *self.workload.assumptions,
                 *self.notes(picks, first_s - call_s),
@@ -648,7 +742,18 @@ class Pricing:
         }
         trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
         prompts = (PROMPT_NOTE,) if self._remembers_prompt else ()
-        return (*_compiling_notes(compiled, first_more_s), *trials, *prompts)
+        shards = _rewriting_notes(self.rewritten_bytes(), self._disk_bytes_per_s)
+        return (*_compiling_notes(compiled, first_more_s), *trials, *prompts, *shards)
+
+    def rewritten_bytes(self) -> int:
+        """Return the size of the checkpoints that are rewritten in shards."""
+        return sum(
+            sum(one.file_bytes)
+            for option in self.process_options
+            if option.strategy == "sharded_checkpoint"
+            for name in sharded(self.workload, shard_bytes(option.parameters))
+            if (one := checkpoint_of(self.workload.component(name)))
+        )
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""
@@ -743,6 +848,16 @@ def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -
     if modes.intersection(CAPTURING_MODES):
         notes.append("CUDA graphs keep a memory pool of their own, which is not counted.")
     return tuple(notes)
+
+
+def _rewriting_notes(num_bytes: int, bytes_per_s: float) -> tuple[str, ...]:
+    if not num_bytes:
+        return ()
+    return (
+        f"{format_bytes(num_bytes)} of weights are rewritten in shards before they are loaded, "
+        f"about {format_seconds(2 * num_bytes / bytes_per_s)} of reading and writing; they stay in "
+        "pipefit's cache for the next load, also after undo().",
+    )
 
 
 def phase_prediction(

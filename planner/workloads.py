@@ -351,9 +351,14 @@ def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> Source
 
     folder = Path(subject)
     if folder.is_dir():
-        content = {
+        content: dict[str, str | int] = {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*.json"))
+        }
+        content |= {
+            str(path.relative_to(folder)): path.stat().st_size
+            for pattern in ("*/*.safetensors", "*/*.bin")
+            for path in sorted(folder.glob(pattern))
         }
         return Source(folder.name, {"folder": content, "dtype": dtype}, get, True)
     try:

@@ -24,6 +24,7 @@ from pipefit.strategies.prompt_first import PromptFirst
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
+from pipefit.strategies.sharded_checkpoint import ShardedCheckpoint
 from pipefit.strategies.step_cache import StepCache
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
@@ -35,6 +36,7 @@ from pipefit.strategies.vae_tiling import VaeTiling
 BUILT_IN: tuple[Strategy, ...] = (
     Tf32(),
     CudnnBenchmark(),
+    ShardedCheckpoint(),
     PromptFirst(),
     Precision(),
     FusedQkv(),
