@@ -27,18 +27,17 @@ from pipefit.cost_models.sharing import Models, figures, united
 from pipefit.cost_models.units import MIB
 from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
 from pipefit.errors import InvalidRequest
+from pipefit.planner.checkpoints import checkpoints, rewriting_bytes, rewritten_bytes
 from pipefit.planner.options import (
     MIXED,
     Pick,
     Pricing,
     at_device,
-    checkpoints,
     device_peak,
     host_notes,
     loading_notes,
     phase_prediction,
     process_options,
-    rewriting_bytes,
 )
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
@@ -532,7 +531,7 @@ class DevicePricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes + main.rewritten_bytes(),
+            disk_bytes=host.disk_bytes + rewritten_bytes(self.workload, main.process_options),
             assumptions=(
                 *self.workload.assumptions,
                 *main.notes(picks, first_s - call_s),

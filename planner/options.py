@@ -13,14 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.host_memory import (
-    LOADING_PROCESS_BYTES,
-    Checkpoint,
-    HostPeak,
-    host_bytes,
-    host_peak,
-    unmapped_bytes,
-)
+from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import PhaseMemory, simulate
@@ -50,6 +43,13 @@ from pipefit.cost_models.workload import (
     variant_key,
 )
 from pipefit.errors import InvalidRequest, UnknownName
+from pipefit.planner.checkpoints import (
+    checkpoints,
+    rewriting_bytes,
+    rewriting_notes,
+    rewritten_bytes,
+    shards_option,
+)
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Budget, Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
@@ -57,7 +57,7 @@ from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
 from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE
-from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes
+from pipefit.strategies.sharded_checkpoint import ShardedCheckpoint
 from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -271,95 +271,18 @@ def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Optio
     """
     found = []
     for one in _allowed("process", policy):
-        option = next(
-            (o for o in policy.required if o.strategy == one.name), Option(strategy=one.name)
-        )
-        if (
-            _is_required(policy, one)
-            or (one.name == "sharded_checkpoint" and _wants_shards(workload, option, policy))
-            or (
-                any(one.options(c, workload, gpu) for c in workload.components)
-                and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
-            )
+        if isinstance(one, ShardedCheckpoint):
+            shards = shards_option(workload, policy)
+            found += [shards] if shards is not None else []
+            continue
+        asked = [option for option in policy.required if option.strategy == one.name]
+        option = asked[0] if asked else Option(strategy=one.name)
+        if asked or (
+            any(one.options(c, workload, gpu) for c in workload.components)
+            and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
         ):
-            is_sharded = one.name == "sharded_checkpoint"
-            found.append(
-                replace(option, reason=_shards_reason(workload, option)) if is_sharded else option
-            )
+            found.append(option)
     return tuple(found)
-
-
-def _shards_reason(workload: Workload, option: Option) -> str:
-    """Say what loading takes without shards and with them."""
-    (before, kept_before), (after, kept_after) = (
-        (
-            host_peak(
-                workload.components,
-                {},
-                (),
-                checkpoints=checkpoints(workload, options),
-                rewriting_bytes=rewriting_bytes(workload, options),
-            ).load_bytes
-            - LOADING_PROCESS_BYTES,
-            unmapped_bytes(workload.components, checkpoints(workload, options)),
-        )
-        for options in ([], [option])
-    )
-    return (
-        f"Reading the weights takes {format_bytes(after)} of RAM instead of {format_bytes(before)},"
-        f" of which {format_bytes(kept_after)} and not {format_bytes(kept_before)} are no pages of "
-        "files."
-    )
-
-
-def _wants_shards(workload: Workload, option: Option, policy: Policy) -> bool:
-    """Whether loading exceeds the RAM budget by files that are read whole, and shards keep it."""
-    if policy.ram_bytes is None:
-        return False
-    before, after = (
-        unmapped_bytes(workload.components, checkpoints(workload, options))
-        for options in ([], [option])
-    )
-    room_bytes = policy.ram_bytes - LOADING_PROCESS_BYTES
-    after = max(after, rewriting_bytes(workload, [option]))
-    return after <= room_bytes < before
-
-
-def checkpoints(workload: Workload, options: Sequence[Option]) -> dict[str, Checkpoint]:
-    """Return what components are read from, as far as it is known, under *options*."""
-    found = {c.name: checkpoint for c in workload.components if (checkpoint := checkpoint_of(c))}
-    for option in options:
-        if option.strategy == "sharded_checkpoint":
-            most_bytes = shard_bytes(option.parameters)
-            for name in sharded(workload, most_bytes):
-                found[name] = found[name].in_shards(most_bytes)
-    return found
-
-
-def sharded(workload: Workload, most_bytes: int) -> list[str]:
-    """Return the components that take less RAM while they load from shards of *most_bytes*."""
-    return [
-        c.name
-        for c in workload.components
-        if (checkpoint := checkpoint_of(c)) and checkpoint.gains_from(most_bytes, c.library)
-    ]
-
-
-def rewriting_bytes(workload: Workload, options: Sequence[Option]) -> int:
-    """Return the most that rewriting checkpoints takes: a shard, or a file that is read whole."""
-    needed_bytes = 0
-    for option in options:
-        if option.strategy == "sharded_checkpoint":
-            most_bytes = shard_bytes(option.parameters)
-            for name in sharded(workload, most_bytes):
-                checkpoint = checkpoint_of(workload.component(name))
-                assert checkpoint is not None
-                # Beside the pages that are read, the bytes of what is being written.
-                needed_bytes = max(needed_bytes, 2 * min(most_bytes, sum(checkpoint.file_bytes)))
-                if checkpoint.is_read_whole:
-                    whole_bytes = max(checkpoint.file_bytes)
-                    needed_bytes = max(needed_bytes, whole_bytes + min(most_bytes, whole_bytes))
-    return needed_bytes
 
 
 def flags_of(options: Sequence[Option]) -> Flags:
@@ -723,7 +646,7 @@ class Pricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes + self.rewritten_bytes(),
+            disk_bytes=host.disk_bytes + rewritten_bytes(self.workload, self.process_options),
             assumptions=(
                 *self.workload.assumptions,
                 *self.notes(picks, first_s - call_s),
@@ -742,18 +665,8 @@ class Pricing:
         }
         trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
         prompts = (PROMPT_NOTE,) if self._remembers_prompt else ()
-        shards = _rewriting_notes(self.rewritten_bytes(), self._disk_bytes_per_s)
+        shards = rewriting_notes(self.workload, self.process_options, self._disk_bytes_per_s)
         return (*_compiling_notes(compiled, first_more_s), *trials, *prompts, *shards)
-
-    def rewritten_bytes(self) -> int:
-        """Return the size of the checkpoints that are rewritten in shards."""
-        return sum(
-            sum(one.file_bytes)
-            for option in self.process_options
-            if option.strategy == "sharded_checkpoint"
-            for name in sharded(self.workload, shard_bytes(option.parameters))
-            if (one := checkpoint_of(self.workload.component(name)))
-        )
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""
@@ -848,16 +761,6 @@ def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -
     if modes.intersection(CAPTURING_MODES):
         notes.append("CUDA graphs keep a memory pool of their own, which is not counted.")
     return tuple(notes)
-
-
-def _rewriting_notes(num_bytes: int, bytes_per_s: float) -> tuple[str, ...]:
-    if not num_bytes:
-        return ()
-    return (
-        f"{format_bytes(num_bytes)} of weights are rewritten in shards before they are loaded, "
-        f"about {format_seconds(2 * num_bytes / bytes_per_s)} of reading and writing; they stay in "
-        "pipefit's cache for the next load, also after undo().",
-    )
 
 
 def phase_prediction(
