@@ -386,27 +386,37 @@ def _each_tensor(values: Any, function: Callable[[Any], Any]) -> Any:
     return recursively_apply(function, values)
 
 
+class _Writer(pickle.Pickler):
+    # Not within a function: a class refers to itself, and what it encloses outlives the call.
+    def __init__(self, stream: Any, tensors: list[Any]) -> None:
+        super().__init__(stream)
+        self.tensors = tensors
+
+    def persistent_id(self, one: Any) -> Any:
+        import torch
+
+        if not isinstance(one, torch.Tensor):
+            return None
+        self.tensors.append(one)
+        return (len(self.tensors) - 1, tuple(one.shape), one.stride(), one.dtype)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, stream: Any, make: Callable[..., Any]) -> None:
+        super().__init__(stream)
+        self.make = make
+
+    def persistent_load(self, spec: Any) -> Any:
+        return self.make(*spec)
+
+
 def _packed(value: Any, tensors: list[Any]) -> bytes:
     """Describe *value*, whatever holds its tensors; append these to *tensors*."""
-    import torch
-
-    class Writer(pickle.Pickler):
-        def persistent_id(self, one: Any) -> Any:
-            if not isinstance(one, torch.Tensor):
-                return None
-            tensors.append(one)
-            return (len(tensors) - 1, tuple(one.shape), one.stride(), one.dtype)
-
     stream = io.BytesIO()
-    Writer(stream).dump(value)
+    _Writer(stream, tensors).dump(value)
     return stream.getvalue()
 
 
 def _unpacked(packed: bytes, make: Callable[..., Any]) -> Any:
     """Return the value that *packed* describes, with what *make* returns for each tensor."""
-
-    class Reader(pickle.Unpickler):
-        def persistent_load(self, spec: Any) -> Any:
-            return make(*spec)
-
-    return Reader(io.BytesIO(packed)).load()
+    return _Reader(io.BytesIO(packed), make).load()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -60,6 +62,26 @@ def test_it_waits_under_a_plan_and_is_decoded_under_it_or_after_it(placement: st
         assert torch.equal(pictures_of(first.decode(pipe)), expected)
     assert differences(before, snapshot(pipe)) == ()
     assert torch.equal(pictures_of(second.decode(pipe)), expected)
+
+
+def test_nothing_of_the_call_outlives_it_but_what_waits() -> None:
+    pipe, _ = untouched("flux")
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        made.append(weakref.ref(output[0]))
+
+    handles = [m.register_forward_hook(note) for m in (pipe.transformer, pipe.text_encoder_2)]
+    gc.disable()
+    try:
+        with apply_options(pipe, [LATENT_OUTPUT], "cpu"):
+            waiting(pipe, "flux")
+        assert len(made) == 3
+        assert [ref() is None for ref in made] == [True] * 3
+    finally:
+        gc.enable()
+        for handle in handles:
+            handle.remove()
 
 
 def test_the_callers_numbers_are_drawn_as_without_it() -> None:
