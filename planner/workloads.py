@@ -25,11 +25,12 @@ from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest, TraceError, UnknownName
 from pipefit.planner.catalog import pipeline_entry
-from pipefit.planner.options import Parts, compute_variants, computing
+from pipefit.planner.options import Parts, check_required, compute_variants, computing
 from pipefit.planner.policy import Policy
 from pipefit.planner.trace_cache import cached_trace, library_versions
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
 from pipefit.strategies.fused_qkv import FUSED_LAYERS
+from pipefit.strategies.latent_output import DECODE_LATER_NOTE
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES
 from pipefit.strategies.strategy import Imitated, Option
 
@@ -76,18 +77,21 @@ def observe(
     say = progress or (lambda text: None)
     source = source_of(subject, dtype)
 
+    ends: tuple[Option, ...] = ()
+
     def traced(options: Sequence[Option]) -> Workload:
-        return _trace(source, call or {}, gpu, policy, options, say)
+        return _trace(source, call or {}, gpu, policy, (*options, *ends), say)
 
     is_loaded = not source.is_ours
     plain = traced(())
+    ends = _ends(plain, policy, gpu)
     asked = _asked(plain, policy)
     casts = _offered("precision", plain, gpu, policy)
     joined = _offered("fused_qkv", plain, gpu, policy)
     found = []
     for options in [asked, (*casts, *asked)] if casts else [asked]:
         try:
-            workload = traced(options) if options else plain
+            workload = traced(options) if options or ends else plain
         except TraceError:
             if options == asked:
                 raise
@@ -119,6 +123,18 @@ def observe(
         )
         for one in found
     ]
+
+
+def _ends(workload: Workload, policy: Policy, gpu: Gpu) -> tuple[Option, ...]:
+    """Return what ends the call before its end, if the policy requires it.
+
+    Raises:
+        InvalidRequest: if it goes on no component, or the call cannot end there.
+    """
+    found = tuple(option for option in policy.required if option.strategy == "latent_output")
+    if found:
+        check_required(workload, replace(policy, required=found), gpu)
+    return found
 
 
 def _observed(
@@ -440,7 +456,7 @@ def _trace(
     def make() -> Workload:
         on: dict[str, list[str]] = {}
         for option in load_options:
-            on.setdefault(option.strategy, []).append(str(option.component))
+            on.setdefault(option.strategy, []).append(option.component or "the pipeline")
         after = " and ".join(f"{name} on {', '.join(parts)}" for name, parts in on.items())
         say(f"tracing {source.name}{f' after {after}' if after else ''} …")
         return _execute(source, call, gpu, policy, load_options)
@@ -499,7 +515,13 @@ def _execute(
         )
     given = {name: workload.call[name] for name in call if name in workload.call}
     versions = {name: found for name, found in library_versions().items() if found}
-    return replace(workload, call={**shown, **given}, versions=versions)
+    is_cut = any(option.strategy == "latent_output" for option in load_options)
+    return replace(
+        workload,
+        call={**shown, **given},
+        versions=versions,
+        assumptions=(*workload.assumptions, *([DECODE_LATER_NOTE] if is_cut else [])),
+    )
 
 
 def _possible_with(

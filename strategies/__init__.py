@@ -17,6 +17,7 @@ from pipefit.strategies.fused_qkv import FusedQkv
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.guidance_split import GuidanceSplit
 from pipefit.strategies.jit_trace import JitTrace
+from pipefit.strategies.latent_output import LatentOutput
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
@@ -38,6 +39,7 @@ BUILT_IN: tuple[Strategy, ...] = (
     CudnnBenchmark(),
     ShardedCheckpoint(),
     PromptFirst(),
+    LatentOutput(),
     Precision(),
     FusedQkv(),
     Quantization(),

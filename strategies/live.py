@@ -187,6 +187,14 @@ def set_execution_device(module: Any, device: Any) -> None:
                 hook.execution_device = device
 
 
+def execution_device(pipe: Any) -> Any:
+    """Return where *pipe* computes, as diffusers 0.42 tells it by its components and their hooks.
+
+    The property is private and pipelines themselves make their tensors there.
+    """
+    return pipe._execution_device
+
+
 def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
     """Return the hooks on each submodule by path: accelerate's by class, diffusers' by name.
 

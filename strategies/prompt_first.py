@@ -100,7 +100,7 @@ class Remembered:
         # Some pipelines ask themselves instead of an argument.
         given["guidance"] = _or_none(encode, "do_classifier_free_guidance")
         for earlier, result, device in self.results:
-            if _same(earlier, given):
+            if same_values(earlier, given):
                 return _copied(result, devices[0] if devices else device)
         result = encode(*args, **kwargs)
         if not any(isinstance(value, torch.Generator) for value in given.values()):
@@ -143,17 +143,18 @@ def _snapshot(value: Any) -> Any:
     return copy.copy(value)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_values(one: Any, other: Any) -> bool:
+    """Return whether arguments or outputs are equal, with all that is in them."""
     import torch
 
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
     if type(one) is not type(other):
         return False
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same_values, one, other))
     try:
         return bool(np.all(one == other))
     except ValueError:  # arrays of different shapes

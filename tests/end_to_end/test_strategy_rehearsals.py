@@ -60,6 +60,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "tf32": ({},),
     "cudnn_benchmark": ({},),
     "prompt_first": ({},),
+    "latent_output": ({},),
     "precision": ({"dtype": "bfloat16"}, {"dtype": "float16"}),
     "fused_qkv": ({},),
     "quantization": (

@@ -23,6 +23,7 @@ from pipefit.strategies.live import (
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     diffusers_hook,
+    execution_device,
     hook_restorer,
     hooks_of,
     reads_flag,
@@ -67,6 +68,12 @@ def test_accelerate_keeps_its_hook_where_we_look() -> None:
     add_hook_to_module(module, AlignDevicesHook(), append=True)
     assert hasattr(module, ACCELERATE_HOOK), VERSIONS
     assert hooks_of(module) == {"": ("AlignDevicesHook", "AlignDevicesHook")}, VERSIONS
+
+
+def test_a_pipeline_computes_where_we_look() -> None:
+    pipe = SMALL_PIPELINES["pixart_sigma"]()
+    assert execution_device(pipe) == torch.device("cpu"), VERSIONS
+    assert execution_device(pipe.to("meta")) == torch.device("meta"), VERSIONS
 
 
 def test_offloading_writes_the_attributes_that_we_restore() -> None:
