@@ -23,6 +23,7 @@ from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
 from pipefit.strategies.describe import describe_component
 from pipefit.strategies.device_map import home_of
 from pipefit.strategies.live import device_restorer, hooks_of, module_components
+from pipefit.strategies.prompt_first import ONLY_WHILE_LOADING, drops
 from pipefit.strategies.strategy import Option, Strategy, Undo
 
 REMEDY_BY_HOOK: Mapping[str, str] = {
@@ -124,6 +125,8 @@ def apply_options(
     """
     device = torch.device(device)
     options = [option for option in options if option not in loaded]
+    if drops(options):
+        raise InvalidRequest(ONLY_WHILE_LOADING)
     check_pipeline(pipe, stored={option.component for option in loaded})
     _check_weights(pipe)
     _check_options(pipe, options)

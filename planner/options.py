@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
+from pipefit.cost_models.host_memory import PROCESS_BYTES, HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import PhaseMemory, simulate
@@ -49,7 +49,7 @@ from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
-from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE, drops
 from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -263,13 +263,21 @@ def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Optio
     """
     found = []
     for one in _allowed("process", policy):
-        option = Option(strategy=one.name)
-        if _is_required(policy, one) or (
+        option = next((o for o in policy.required if o.strategy == one.name), None)
+        is_required, option = option is not None, option or Option(strategy=one.name)
+        if is_required or (
             any(one.options(c, workload, gpu) for c in workload.components)
             and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
         ):
             found.append(option)
     return tuple(found)
+
+
+def dropped_components(workload: Workload, options: Sequence[Option]) -> frozenset[str]:
+    """Return the text encoders, if *options* drop them once they have encoded the prompt."""
+    if not drops(options):
+        return frozenset()
+    return frozenset(c.name for c in workload.components if c.traits.get("reads_tokens"))
 
 
 def flags_of(options: Sequence[Option]) -> Flags:
@@ -320,6 +328,8 @@ class Pricing:
         self.memory = models.memory(workload, gpu)
         self.latency = models.latency(workload, gpu, flags, num_cores=num_cores)
         self._remembers_prompt = any(o.strategy == "prompt_first" for o in self.process_options)
+        self._dropped = dropped_components(workload, self.process_options)
+        self._is_beforehand = tuple(p.component in self._dropped for p in workload.phases)
         self.columns = tuple((gpu.index, phase) for phase in workload.phases)
         """(index of the GPU, phase) of every peak."""
         self._root_calls = [event for event in workload.root if event[0] == "c"]
@@ -458,7 +468,7 @@ class Pricing:
             [(o.strategy, o.parameters) for o in loaded],
             [(option.strategy, option.parameters) for option, _ in placements],
             computing(policy),
-            [o.strategy for o in self.process_options],
+            [(o.strategy, o.parameters) for o in self.process_options],
             is_away,
         )
         key: object = repr((*parts_of, casts))  # a cast changes what others are given
@@ -490,7 +500,7 @@ class Pricing:
             key="unused",
             phase_bytes=(0,) * len(self.workload.phases),
             call_s=0.0,
-            host_bytes=component.weight_bytes,
+            host_bytes=0 if component.name in self._dropped else component.weight_bytes,
             payload=None,
         )
 
@@ -512,15 +522,24 @@ class Pricing:
             option,
         )
         counted = [o for o in options if o.strategy != "resident"]
+        is_dropped = component.name in self._dropped
+        phase_bytes = () if is_away else self.memory.phase_bytes(component, choice)
+        if self._dropped and not is_away:  # text encoders and the rest are never there together
+            phase_bytes = tuple(
+                n if is_beforehand == is_dropped else 0
+                for n, is_beforehand in zip(phase_bytes, self._is_beforehand, strict=True)
+            )
         return Candidate(
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
-            phase_bytes=() if is_away else self.memory.phase_bytes(component, choice),
+            phase_bytes=phase_bytes,
             call_s=sum(
                 self.phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
-            host_bytes=host.pageable_bytes
+            host_bytes=0
+            if is_dropped
+            else host.pageable_bytes
             + host.pinned_bytes
             + self._held_bytes.get(component.name, 0)
             + self._host_activation_bytes(component.name, placement),
@@ -535,6 +554,8 @@ class Pricing:
         self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
+        if phase.component in self._dropped:
+            return 0.0, 0.0, 0.0, 0.0
         if self._remembers_prompt and phase.name == ENCODE_PROMPT:
             return 0.0, self._phase_seconds(phase, choice, attention, with_range=False)[1], 0.0, 0.0
         return self._phase_seconds(phase, choice, attention, with_range=with_range)
@@ -582,7 +603,24 @@ class Pricing:
         """Replay one configuration through the allocator model, held to *budget_bytes* if given."""
         if isinstance(budget_bytes, Mapping):
             budget_bytes = budget_bytes[self.gpu.index]
-        return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
+        choices = self._choices(picks)
+        if not self._dropped:
+            return simulate(self.workload, choices, self.gpu, budget_bytes=budget_bytes)
+        # Of what is not there yet, or no longer, only results are on the GPU: what others read.
+        away = Choice(placement=OnHost())
+        beforehand, later = (
+            simulate(
+                self.workload,
+                {n: c if (n in self._dropped) == is_first else away for n, c in choices.items()},
+                self.gpu,
+                budget_bytes=budget_bytes,
+            )
+            for is_first in (True, False)
+        )
+        return tuple(
+            one if is_first else other
+            for one, other, is_first in zip(beforehand, later, self._is_beforehand, strict=True)
+        )
 
     def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
         """Return the GPUs that hold something of *picks*: the only one."""
@@ -610,13 +648,7 @@ class Pricing:
             low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
             routines.update(self.routine_counts(phase, pick.choice))
             phases.append(phase_prediction(phase, peak, device=device, seconds=seconds))
-        host = host_peak(
-            self.workload.components,
-            {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
-            [phase.component for phase in self.workload.phases],
-            stored_bytes=self.stored_bytes(),
-            activation_bytes=self.host_activation_bytes(picks),
-        )
+        host = self._host_peak(picks)
         loading_bytes = self.memory.loading_bytes()
         return Prediction(
             peak_vram=(device_peak(device, peaks, loading_bytes),),
@@ -638,6 +670,38 @@ class Pricing:
             ),
         )
 
+    def _host_peak(self, picks: Mapping[str, Pick | None]) -> HostPeak:
+        """Return the host's peak; text encoders that are dropped are never there with the rest."""
+
+        def of(components: Sequence[Component]) -> HostPeak:
+            here = {c.name: pick for c in components if (pick := picks[c.name])}
+            return host_peak(
+                components,
+                {name: pick.choice.placement for name, pick in here.items()},
+                [phase.component for phase in self.workload.phases if phase.component in here],
+                stored_bytes={k: v for k, v in self.stored_bytes().items() if k in here},
+                activation_bytes=self.host_activation_bytes(here),
+            )
+
+        components = self.workload.components
+        if not self._dropped:
+            return of(components)
+        encoders = [c for c in components if c.name in self._dropped]
+        first, later = of(encoders), of([c for c in components if c.name not in self._dropped])
+        # Undoing their placement brings them to the host once more; torch keeps what it pinned.
+        undone_bytes = PROCESS_BYTES + sum(c.weight_bytes for c in encoders)
+        return replace(
+            later,
+            load_bytes=max(
+                first.peak_bytes,
+                undone_bytes + first.pinned_bytes,
+                later.load_bytes + first.pinned_bytes,
+            ),
+            call_bytes=later.call_bytes + first.pinned_bytes,
+            pinned_bytes=later.pinned_bytes + first.pinned_bytes,
+            disk_bytes=max(first.disk_bytes, later.disk_bytes),
+        )
+
     def notes(self, picks: Mapping[str, Pick | None], first_more_s: float) -> tuple[str, ...]:
         """Say what the first call does, and what is not counted, under *picks*."""
         compiled = {
@@ -648,7 +712,21 @@ class Pricing:
         }
         trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
         prompts = (PROMPT_NOTE,) if self._remembers_prompt else ()
+        if self._dropped:
+            prompts = (self._drop_note(picks),)
         return (*_compiling_notes(compiled, first_more_s), *trials, *prompts)
+
+    def _drop_note(self, picks: Mapping[str, Pick | None]) -> str:
+        seconds = sum(
+            self._phase_seconds(phase, pick.choice, pick.attention, with_range=False)[1]
+            for phase in self.workload.phases
+            if phase.component in self._dropped and (pick := picks[phase.component])
+        )
+        return (
+            f"The prompt is encoded while loading ({format_seconds(seconds)} once the text "
+            f"encoders are read), with only {' and '.join(sorted(self._dropped))} in memory; they "
+            "are dropped then, which cannot be undone: another prompt needs another load."
+        )
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""
