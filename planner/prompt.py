@@ -1,9 +1,9 @@
 """Encode the prompt of a call while nothing but the text encoders is there.
 
-Which arguments a pipeline gives its ``encode_prompt`` nobody knows better than its own ``__call__``:
-it is executed on weightless copies, and whatever else it does is taken back. While it runs, the
-text encoders are there inside ``encode_prompt`` alone, and everything else outside alone, so that
-what does not go without the other is found before a weight is read.
+Which arguments a pipeline gives its ``encode_prompt`` nobody knows better than its own call: that
+is executed on weightless copies. While it runs, the text encoders are there inside
+``encode_prompt`` alone, and everything else outside alone, so that what does not go without the
+other is found before a weight is read.
 
 A reader would give ``None`` in place of the others to ``encode_prompt``, too. Some pipelines cast
 embeddings to the dtype of the denoiser there, or ask for its configuration: that much is kept.
@@ -159,7 +159,7 @@ def encoded(pipe: Any, calls: Sequence[PromptCall], device: torch.device) -> Rem
 
 
 def _check_known(pipeline: str, argument: str, value: Any) -> None:
-    """Refuse what exists only once the weights are there, or cannot be compared with a later call's.
+    """Refuse what may need weights to be made, or cannot be compared with what a later call gives.
 
     Raises:
         InvalidRequest: naming it.
@@ -198,4 +198,3 @@ def _is_plain(value: Any) -> bool:
     if type(value) is dict:  # not the pipeline's own configuration, which is a FrozenDict
         return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, (bool, int, float, str))
-

@@ -637,7 +637,7 @@ class Stage(Recorder):
         self._timed = None
 
     def empty(self) -> None:
-        """Forget the pipeline, which is gone by now: what is placed next belongs to what follows."""
+        """Forget the pipeline, which is gone; what is placed next belongs to what follows."""
         self.pipe = None
         for known in (self.components, self._paths, self._structures, self._hooked, self._parts):
             known.clear()
