@@ -254,6 +254,7 @@ def _priced(
         held_bytes=seen.held_bytes,
         shared=shared,
         num_cores=machine.host.num_cores,
+        ram_bytes=machine.host.available_bytes,
         models=models,
     )
 

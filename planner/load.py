@@ -116,10 +116,10 @@ def load(
     known = _encoded(read(modules), calls, made, at_load, device)
     pipe = read(encoders)
     pipe.register_modules(**dict.fromkeys(encoders))
-    wrap_method(pipe, ENCODE_PROMPT, known)
     kept = divided_options(made.options, encoders)[1]
     done = [option for option in made.options if option in at_load or option not in kept]
     pipe.pipefit = api.put_in_force(pipe, made, loaded=done)
+    wrap_method(pipe, ENCODE_PROMPT, known)
     return pipe
 
 

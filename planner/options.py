@@ -8,6 +8,7 @@ problem of its own; everything else is one problem in which components choose in
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast, get_args
@@ -310,6 +311,7 @@ class Pricing:
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
         num_cores: int = 1,
+        ram_bytes: float = math.inf,
         models: Models | None = None,
     ) -> None:
         self.workload = workload
@@ -320,6 +322,8 @@ class Pricing:
         """Switches of the process under which everything is priced."""
         self.fixed_options = (*self.process_options, *self.load_options)
         """What every candidate has."""
+        self._ram_bytes = ram_bytes
+        """What is available for text encoders that are dropped, which no sum counts."""
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
         self._models = models
@@ -351,6 +355,7 @@ class Pricing:
                 c.name: self.candidates(c, self.offered(c, policy), policy)
                 for c in self.workload.components
             }
+            groups = self._encodable(groups, policy)
             if all(groups.values()):
                 found.append(self._problem(MIXED, groups))
         if not any(_is_required(policy, one) for one in per_component):
@@ -362,16 +367,46 @@ class Pricing:
                 option = Option(strategy=one.name)
                 placement = one.placement({})
                 assert placement is not None
-                found.append(
-                    self._problem(
-                        one.name,
-                        {
-                            c.name: self.candidates(c, [(option, placement)], policy)
-                            for c in self.workload.components
-                        },
-                    )
-                )
+                groups = {
+                    c.name: self.candidates(c, [(option, placement)], policy)
+                    for c in self.workload.components
+                }
+                if not self._dropped or all(self._encodable(groups, policy).values()):
+                    found.append(self._problem(one.name, groups))
         return found
+
+    def _encodable(
+        self, groups: Mapping[str, list[Candidate]], policy: Policy
+    ) -> dict[str, list[Candidate]]:
+        """Return *groups* without what of text encoders that are dropped the host cannot hold.
+
+        They count in no sum with the rest, and any of those returned can be had together.
+        """
+        found = dict(groups)
+        room_bytes = self._ram_bytes
+        if policy.ram_bytes is not None:
+            room_bytes = min(room_bytes, policy.ram_bytes - PROCESS_BYTES)
+        needed = {
+            name: [self._encoding_ram_bytes(name, c.payload) for c in groups[name]]
+            for name in self._dropped
+        }
+        for name in sorted(needed, key=lambda name: -max(needed[name], default=0)):
+            mine = needed.pop(name)
+            most_bytes = room_bytes - sum(min(others, default=0) for others in needed.values())
+            pairs = zip(groups[name], mine, strict=True)
+            found[name] = [c for c, num_bytes in pairs if num_bytes <= most_bytes]
+            room_bytes -= max((n for n in mine if n <= most_bytes), default=0)
+        return found
+
+    def _encoding_ram_bytes(self, name: str, pick: Pick | None) -> int:
+        """Return what a text encoder takes of the host's memory, once back from its placement."""
+        component = self.workload.component(name)
+        if pick is None:
+            return component.weight_bytes
+        host = host_bytes(component, pick.choice.placement)
+        return self._host_activation_bytes(name, pick.choice.placement) + max(
+            component.weight_bytes, host.pageable_bytes + host.pinned_bytes
+        )
 
     def _problem(self, name: str, groups: Mapping[str, list[Candidate]]) -> Problem:
         context = context_bytes(self.gpu)
@@ -438,11 +473,17 @@ class Pricing:
             ]
         found = []
         for one, parameters in offered:
+            if self._dropped and self._is_apart(component.name, parameters.get("load_with")):
+                parameters = {k: v for k, v in parameters.items() if k != "load_with"}
             placement = one.placement(parameters)
             assert placement is not None
             option = Option(strategy=one.name, component=component.name, parameters=parameters)
             found.append((option, placement))
         return found
+
+    def _is_apart(self, component: str, other: str | None) -> bool:
+        """Whether one of the two is dropped before the other is loaded."""
+        return other is not None and (component in self._dropped) != (other in self._dropped)
 
     def candidates(
         self,

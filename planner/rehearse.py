@@ -165,8 +165,13 @@ def rehearse(
             stage.empty()
             prepare = functools.partial(_imitate, options)
             load_onto(stage, pipe, prepare=prepare, in_place=in_place)
-            wrap_method(stage.pipe, ENCODE_PROMPT, known)
-        perform(options, lambda twin: run_call(twin, shortened))
+
+        def run(twin: Any) -> None:
+            if calls:
+                wrap_method(twin, ENCODE_PROMPT, known)
+            run_call(twin, shortened)
+
+        perform(options, run)
         return stage.rehearsal(shortened)
 
 

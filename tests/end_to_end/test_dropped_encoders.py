@@ -189,6 +189,35 @@ def test_a_pipeline_that_is_loaded_is_refused_before_anything_moves() -> None:
         pipefit.auto_optimize(pipe, "4GB", device="cpu", with_=[DROP])
 
 
+def test_a_pipeline_without_its_text_encoders_is_not_planned_for_again(
+    saved: Callable[[str], Path],
+) -> None:
+    pipe = loaded(saved("sana"), "sana")
+    pipe.pipefit.undo()
+    with pytest.raises(pipefit.UnsupportedPipeline, match="load it again"):
+        pipefit.auto_optimize(pipe, "4GB", device="cpu", call=small_call("sana"))
+
+
+def test_a_plan_holds_in_its_rehearsal(saved: Callable[[str], Path]) -> None:
+    folder, call = saved("stable_diffusion_xl"), small_call("stable_diffusion_xl")
+    asked = {"call": call, "machine": MACHINE, "with_": [DROP], "rehearse": True}
+    made = pipefit.plan(folder, "2GB", **asked)
+    assert made.rehearsal is not None
+    assert made.rehearsal.within_budget
+    # Nothing is loaded along with a text encoder that is gone by then.
+    assert all("text_encoder" not in str(o.parameters.get("load_with")) for o in made.options)
+
+
+@pytest.mark.slow
+def test_text_encoders_that_the_host_cannot_hold_are_refused() -> None:
+    """They come back from the GPU before they go: 9.1 GiB beside the process."""
+    asked: dict[str, Any] = {"machine": reference_machine(["a100-80gb"]), "rehearse": False}
+    pipefit.plan("flux.1-dev", "60GB", with_=["resident"], ram="9GB", **asked)
+    pipefit.plan("flux.1-dev", "60GB", with_=[DROP, "resident"], ram="14GB", **asked)
+    with pytest.raises(pipefit.NoPlanFits):
+        pipefit.plan("flux.1-dev", "60GB", with_=[DROP, "resident"], ram="9GB", **asked)
+
+
 def test_several_gpus_are_refused() -> None:
     machine = reference_machine(["rtx-4090", "rtx-4090"])
     with pytest.raises(pipefit.InvalidRequest, match="several GPUs"):
