@@ -154,14 +154,16 @@ def rehearse(
         tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
     ):
 
-        def perform(options: Sequence[Option], run: Callable[[Any], Any]) -> Any:
+        def perform(options: Sequence[Option], run: Callable[[Any], Any]) -> tuple[Any, Rehearsal]:
             with apply_options(stage.pipe, _on_twin(options, folder), device):
                 stage.placements = placements_of(options, module_components(stage.pipe))
                 with stage.counting():
-                    return run(stage.pipe)
+                    made = run(stage.pipe)
+                # Before undoing, which brings weights back to the host.
+                return made, stage.rehearsal(shortened)
 
         if calls:
-            known = perform(before, lambda twin: encoded(twin, calls, device))
+            known, _ = perform(before, lambda twin: encoded(twin, calls, device))
             stage.empty()
             prepare = functools.partial(_imitate, options)
             load_onto(stage, pipe, prepare=prepare, in_place=in_place)
@@ -171,8 +173,7 @@ def rehearse(
                 wrap_method(twin, ENCODE_PROMPT, known)
             run_call(twin, shortened)
 
-        perform(options, run)
-        return stage.rehearsal(shortened)
+        return perform(options, run)[1]
 
 
 def _is_imitated(option: Option) -> bool:
