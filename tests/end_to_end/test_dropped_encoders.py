@@ -106,7 +106,6 @@ def test_the_picture_is_the_same_and_the_text_encoders_are_gone(
         pytest.param("model_offload", marks=pytest.mark.slow),
         pytest.param("sequential_offload", marks=pytest.mark.slow),
         "group_offload:offload_type=leaf_level",
-        pytest.param("streaming:resident_blocks=0@transformer", marks=pytest.mark.slow),
     ],
 )
 def test_every_placement_goes_on_the_text_encoders_and_then_on_the_rest(
