@@ -255,6 +255,7 @@ def _priced(
         shared=shared,
         num_cores=machine.host.num_cores,
         disk_bytes_per_s=machine.host.disk_bytes_per_s,
+        ram_bytes=machine.host.available_bytes,
         models=models,
     )
 

@@ -34,6 +34,7 @@ from pipefit.planner.search import (
     smallest_budget,
 )
 from pipefit.strategies import strategy
+from pipefit.strategies.prompt_first import drops
 from pipefit.strategies.strategy import Option, Quality
 
 MAX_REPLAYS = 12
@@ -579,6 +580,8 @@ def _reason(option: Option, best: Configuration) -> str:
     kind = strategy(option.strategy).kind
     if option.reason:
         return option.reason
+    if drops([option]):
+        return "Asked for; no text encoder takes memory or time in a call."
     if kind == "process":
         share = saved_share(best.pricing.workload, best.pricing.gpu, option)
         return (

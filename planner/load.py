@@ -8,9 +8,11 @@ larger weights nor a second copy of them is ever in memory.
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,25 @@ from diffusers import DiffusionPipeline
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner import api
 from pipefit.planner.build import DTYPES, build_pipeline, quietly
+from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import pipeline_entry
+from pipefit.planner.plan import Plan
 from pipefit.planner.policy import BudgetRequest
+from pipefit.planner.prompt import (
+    PromptCall,
+    alone,
+    divided_options,
+    encoded,
+    prompt_calls,
+    text_encoders,
+)
 from pipefit.planner.trace_cache import cache_folder
 from pipefit.planner.workloads import Progress
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.describe import describe_component
-from pipefit.strategies.live import module_components
+from pipefit.strategies.live import module_components, wrap_method
 from pipefit.strategies.loader_config import loader_config
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, Remembered, drops
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes, with_shards
 from pipefit.strategies.strategy import Imitated, Option, Quality
@@ -92,10 +105,65 @@ def load(
     )
     at_load = [option for option in made.options if _is_at_load(option)]
     _check_packages(at_load)
+    device = torch.device(api.torch_device(made.gpu))
+
+    def read(stand_ins: Mapping[str, Any]) -> DiffusionPipeline:
+        return _read(source, chosen, at_load, device, progress, stand_ins)
+
     with _in_shards(folder, chosen, at_load, progress) as source:
-        pipe = _read(source, chosen, at_load, torch.device(api.torch_device(made.gpu)), progress)
-    pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
+        if not drops(made.options):
+            pipe = read({})
+            pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
+            return pipe
+        with quietly():
+            bare, info = build_pipeline(folder, dtype=chosen)
+            inputs = default_inputs(bare, info.entry, call)
+            calls = prompt_calls(bare, inputs, prepare=_cast(at_load))
+        modules = module_components(bare)
+        encoders = {name: modules.pop(name) for name in text_encoders(bare)}
+        known = _encoded(read(modules), calls, made, at_load, device)
+        pipe = read(encoders)
+    pipe.register_modules(**dict.fromkeys(encoders))
+    kept = divided_options(made.options, encoders)[1]
+    done = [option for option in made.options if option in at_load or option not in kept]
+    pipe.pipefit = api.put_in_force(pipe, made, loaded=done)
+    wrap_method(pipe, ENCODE_PROMPT, known)
     return pipe
+
+
+def _cast(at_load: Sequence[Option]) -> Callable[[Any], None]:
+    """Return what gives a weightless twin the dtypes that *at_load* load; some are arguments."""
+
+    def prepare(twin: Any) -> None:
+        for option in at_load:
+            if option.strategy == "precision":
+                strategy("precision").apply(twin, option.component, option.parameters, "cpu")
+
+    return prepare
+
+
+def _encoded(
+    pipe: DiffusionPipeline,
+    calls: Sequence[PromptCall],
+    made: Plan,
+    at_load: Sequence[Option],
+    device: torch.device,
+) -> Remembered:
+    """Return what the text encoders of *pipe* make of *calls*, placed as the plan *made* has it.
+
+    All else in *pipe* has no weights. Once this returns nothing refers to the text encoders.
+    """
+    view = alone(pipe, {name: getattr(pipe, name) for name in text_encoders(pipe)})
+    options = divided_options(made.options, text_encoders(pipe))[0]
+    del pipe
+    try:
+        with api.put_in_force(view, replace(made, options=tuple(options)), loaded=at_load):
+            return encoded(view, calls, device)
+    finally:
+        del view
+        gc.collect()  # hooks and modules refer to each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def folder_of(name_or_folder: str | Path) -> tuple[Path, Mapping[str, str]]:
@@ -202,18 +270,22 @@ def _read(
     at_load: Sequence[Option],
     device: torch.device,
     progress: Progress | None,
+    stand_ins: Mapping[str, Any],
 ) -> DiffusionPipeline:
-    """Read the weights in *dtype*, as far as *at_load* says nothing else."""
+    """Read the weights in *dtype*, as far as *at_load* says nothing else, but those of *stand_ins*,
+    which come in the place of components."""
     casts = {o.component: o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
     dtype = {**dtype, **casts}
     index = DiffusionPipeline.load_config(folder)
     configs = {
         name: loader_config(index[name][0], option.parameters, dtype[str(name)])
         for option in at_load
-        if option.strategy != "precision" and (name := option.component)
+        if option.strategy != "precision" and (name := option.component) not in stand_ins
     }
     if progress is not None:
-        progress(f"reading the weights of {folder.name} …")
+        names = [name for name in dtype if name not in stand_ins]
+        of = f"{', '.join(names)} of {folder.name}" if stand_ins else folder.name
+        progress(f"reading the weights of {of} …")
     asked: dict[str, Any] = {"dtype": {name: DTYPES[value] for name, value in dtype.items()}}
     if _has_only_fp16_files(folder):
         asked["variant"] = "fp16"
@@ -223,7 +295,7 @@ def _read(
     place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with place:
-            return DiffusionPipeline.from_pretrained(folder, **asked)
+            return DiffusionPipeline.from_pretrained(folder, **asked, **stand_ins)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(str(folder), error) from error
 

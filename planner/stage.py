@@ -623,7 +623,7 @@ class Stage(Recorder):
     def counting(self) -> Iterator[None]:
         """Cut what is called meanwhile into phases."""
         gc.collect()  # hooks and modules refer to each other
-        self.placing_host_bytes = self.host.peak_pageable_bytes
+        self.placing_host_bytes = max(self.placing_host_bytes, self.host.peak_pageable_bytes)
         self.host.forget_peak()
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
@@ -635,6 +635,15 @@ class Stage(Recorder):
             yield
         self._stop_watch()
         self._timed = None
+
+    def empty(self) -> None:
+        """Forget the pipeline, which is gone; what is placed next belongs to what follows."""
+        self.pipe = None
+        for known in (self.components, self._paths, self._structures, self._hooked, self._parts):
+            known.clear()
+        gc.collect()  # hooks and modules refer to each other
+        self.emptied_cache()
+        self._phase = self._before = self._rows("", "", "")
 
     def rehearsal(self, call: Mapping[str, Any]) -> Rehearsal:
         """Return what was counted so far."""

@@ -27,11 +27,17 @@ from pipefit.errors import InvalidRequest, TraceError, UnknownName
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.options import Parts, check_required, compute_variants, computing
 from pipefit.planner.policy import Policy
-from pipefit.planner.trace_cache import cached_trace, library_versions
+from pipefit.planner.trace_cache import (
+    cached_trace,
+    library_versions,
+    remembered,
+    whole_code_version,
+)
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
 from pipefit.strategies.fused_qkv import FUSED_LAYERS
 from pipefit.strategies.latent_output import DECODE_LATER_NOTE
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES
+from pipefit.strategies.prompt_first import ONLY_WHILE_LOADING, drops
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
@@ -83,6 +89,8 @@ def observe(
         return _trace(source, call or {}, gpu, policy, (*options, *ends), say)
 
     is_loaded = not source.is_ours
+    if drops(policy.required):
+        _check_drop(source, call or {}, policy)
     plain = traced(())
     ends = _ends(plain, policy, gpu)
     asked = _asked(plain, policy)
@@ -214,6 +222,46 @@ def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
         if reason:
             raise InvalidRequest(f"On {name}, {reason}")
     return tuple(found)
+
+
+def _check_drop(source: Source, call: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse to drop text encoders that this call cannot do without.
+
+    Raises:
+        InvalidRequest: with the reason.
+    """
+    if not source.is_ours:
+        raise InvalidRequest(ONLY_WHILE_LOADING)
+    placed = any(option.strategy == "device_map" for option in policy.required)
+    if len(policy.budget_bytes) > 1 or placed:
+        raise InvalidRequest(
+            "prompt_first:drop=true was asked for over several GPUs, but loads for one: plan for "
+            "one, or leave drop=true out."
+        )
+
+    def refusal() -> str:
+        from pipefit.planner.build import quietly
+        from pipefit.planner.call import default_inputs
+        from pipefit.planner.prompt import prompt_calls
+
+        with quietly():
+            pipe, entry = source.get()
+            try:
+                prompt_calls(pipe, default_inputs(pipe, entry, call), in_place=True)
+            except InvalidRequest as error:
+                return str(error)
+        return ""
+
+    reason = remembered(
+        json.loads(json.dumps({**source.key, "drop": described_call(call)}, default=str)),
+        refusal,
+        name="refusal",
+        to_json=str,
+        from_json=str,
+        code=whole_code_version(),
+    )
+    if reason:
+        raise InvalidRequest(reason)
 
 
 def _check_offload(workload: Workload, options: Sequence[Option], policy: Policy) -> None:

@@ -266,6 +266,7 @@ DO_NOT_DECIDE = {
     "catalog",  # its entries are in the callers' keys
     "policy",  # what it asks for is in the callers' keys
     "apply",  # checks a live pipeline, whose state is in the callers' keys
+    "prompt",  # says whether text encoders can be dropped, under the whole code's version
     "snapshot",  # takes back what was applied
     "search",  # works on finished traces
     "trace_cache",
