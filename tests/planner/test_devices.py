@@ -74,7 +74,8 @@ def by_hand(sizes: Mapping[str, int], **blocks: int) -> Workload:
         routines.append(routine(("a", 0, MIB), ("k", 0), returns=(0,)))
         steps: list[Any] = []
         for i in range(count):
-            steps.append(("c", block, f"blocks.{i}", (i,), (i - 1,) if i else ()))
+            steps.append(("c", block, f"blocks.{i}", (i,), ()))
+            steps += [("f", i - 1)] if i else []
         routines.append(routine(*steps, returns=(count - 1,)))
         for _ in range(calls):
             number = len(root)

@@ -32,6 +32,10 @@ STREAMED = {"resident_blocks": 0, "when_idle": "leave", "max_block_bytes": 1 << 
 """Small enough for the blocks of a small pipeline to be cut."""
 
 
+ON_HOST = {"resident_blocks": "0:1+1:2", "max_block_bytes": 1 << 15}
+HALF = {"resident_blocks": "1:0", "max_block_bytes": 1 << 15}
+
+
 def described(pipe: Any, name: str) -> Component:
     module = getattr(pipe, name)
     return describe_component(name, module, traits_of(module))
@@ -63,13 +67,13 @@ def away(*names: str, how: str = "resident", **parameters: Any) -> Any:
     return options
 
 
-def split(name: str) -> Any:
+def split(name: str, **streamed: Any) -> Any:
     """*name* in halves, the rest of the pipeline resident on GPU 0."""
 
     def options(pipe: Any) -> list[Option]:
         count = len(blocks_of_split(described(pipe, name)))
-        halves = f"0:{count // 2}+1:{count - count // 2}"
-        found = [Option(strategy="device_map", component=name, parameters={"split": halves})]
+        parameters = {"split": f"0:{count // 2}+1:{count - count // 2}", **streamed}
+        found = [Option(strategy="device_map", component=name, parameters=parameters)]
         return found + [
             Option(strategy="resident", component=other)
             for other in module_components(pipe)
@@ -99,6 +103,8 @@ CASES = {
     "streamed on another": ("flux", away("text_encoder_2", how="streaming", **STREAMED)),
     "a split transformer": ("flux", split("transformer")),
     "a split text encoder": ("flux", split("text_encoder_2")),
+    "a transformer that the host helps to hold": ("flux", split("transformer", **ON_HOST)),
+    "a text encoder of which one part streams": ("flux", split("text_encoder_2", **HALF)),
     "a transformer as accelerate maps it": ("pixart_sigma", mapped("transformer")),
     "a language model": ("sana", away("text_encoder")),
 }
