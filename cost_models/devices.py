@@ -147,7 +147,7 @@ def split_parts(
 
 
 def split_bytes(component: Component, split: Split, device: int) -> tuple[int, ...]:
-    """Return the bytes of what *component* keeps on *device*: tensors, behind slots if it has any."""
+    """Return the bytes of what *component* keeps on *device*: its slots, if any, and tensors."""
     return _split_bytes(ByIdentity(component), split).get(device, ())
 
 

@@ -166,9 +166,7 @@ class DeviceMap:
                     vars(module)[method] = _led(getattr(module, method), home, main, entered)
             return undo.pop_all().close
 
-    def _streaming_refusal(
-        self, component: Component, parameters: Mapping[str, Any]
-    ) -> str | None:
+    def _streaming_refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
         """What is wrong with the blocks that are said to stay, where any are."""
         if "resident_blocks" not in parameters:
             return None
