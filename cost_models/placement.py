@@ -87,7 +87,8 @@ class Split:
 
     blocks: tuple[tuple[int, int], ...] = ()
     """(index of a GPU, how many of the blocks lie there), in the order in which the blocks are
-    called; what is no block lies on the first. See ``cost_models/devices.py``."""
+    called; a GPU may come again; what is no block lies on the first. See
+    ``cost_models/devices.py``."""
     places: tuple[tuple[str, int], ...] = ()
     """Instead of ``blocks``: (path of a module or tensor, index of the GPU of all below it)."""
     resident_blocks: tuple[tuple[int, int], ...] = ()

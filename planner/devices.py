@@ -63,6 +63,10 @@ ROUNDING_BYTES = 64 * MIB
 choice, three of its 20 MiB: without, the replay refutes the tightest split on one GPU or other."""
 
 
+OFFERED_ROUNDS = (1, 4, 12)
+"""In how many turns the GPUs of a split compute that streams; our choice: a slot or two are filled
+in a turn of the others, and each turn costs a copy of what travels."""
+
 FEW_GPUS = 4
 """Unlike GPUs that are all tried as the main one; our choice: each is priced in a second, and more
 of them leave room enough for whatever the best of them has not."""
@@ -430,7 +434,8 @@ class DevicePricing:
         """Yield splits of blocks of these *sizes* of which the GPUs do not have room for all.
 
         What is too much waits on the host: for the main GPU alone, which is the fastest, or for all
-        by what their links carry.
+        by what their links carry. Where GPUs take turns, a GPU's slots are filled while others
+        compute.
         """
         slots_bytes = 2 * min(max(sizes), MAX_BLOCK_BYTES)
         rates = {i: link_rates(self.gpus[i]).h2d_pinned_bytes_per_s for i in room_bytes}
@@ -460,10 +465,11 @@ class DevicePricing:
                 left -= count
                 if count:
                     counts.append((index, count))
-            split = Split(blocks=tuple(reversed(counts)))
-            resident = self._staying(component, split, sizes, room_bytes)
-            if resident and len(counts) > 1:
-                yield replace(split, resident_blocks=resident)
+            for num_rounds in OFFERED_ROUNDS if len(counts) > 1 else ():
+                split = Split(blocks=_in_turns(counts[::-1], num_rounds))
+                resident = self._staying(component, split, sizes, room_bytes)
+                if resident:
+                    yield replace(split, resident_blocks=resident)
 
     def _staying(
         self,
@@ -474,14 +480,15 @@ class DevicePricing:
     ) -> tuple[tuple[int, int], ...]:
         """Return how many blocks can stay on each GPU that has not room for all of its part; none
         where one has no room for the slots."""
-        all_away = replace(split, resident_blocks=tuple((i, 0) for i, _ in split.blocks))
-        parts = streamed_parts(component, all_away)
-        found: list[tuple[int, int]] = []
+        own_bytes: dict[int, int] = {}
         done = 0
         for index, count in split.blocks:
-            cut, how = parts[index]
-            missing_bytes = sum(sizes[done : done + count]) - room_bytes[index]
+            own_bytes[index] = own_bytes.get(index, 0) + sum(sizes[done : done + count])
             done += count
+        all_away = replace(split, resident_blocks=tuple((i, 0) for i in own_bytes))
+        found: list[tuple[int, int]] = []
+        for index, (cut, how) in streamed_parts(component, all_away).items():
+            missing_bytes = own_bytes[index] - room_bytes[index]
             if missing_bytes <= 0:
                 continue
             stay = len(cut.called) - 1
@@ -851,6 +858,23 @@ def _coarse(offered: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, P
         return is_plain and level(option) in levels
 
     return [one for one in offered if is_wanted(one[0])]
+
+
+def _in_turns(counts: Sequence[tuple[int, int]], num_rounds: int) -> tuple[tuple[int, int], ...]:
+    """Return *counts* of blocks by GPU, dealt out in as many rounds as evenly as they can be.
+
+    >>> _in_turns([(0, 5), (1, 2)], 2)
+    ((0, 2), (1, 1), (0, 3), (1, 1))
+    """
+    found: list[tuple[int, int]] = []
+    for i in range(num_rounds):
+        for index, count in counts:
+            share = (i + 1) * count // num_rounds - i * count // num_rounds
+            if share and found and found[-1][0] == index:
+                found[-1] = index, found[-1][1] + share
+            elif share or not found:  # the main GPU comes first, be it with no block
+                found.append((index, share))
+    return tuple(found)
 
 
 def _written(counts: Sequence[tuple[int, int]]) -> str:

@@ -29,6 +29,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipefit.cost_models import placement
@@ -336,8 +337,8 @@ def _split_refusal(component: Component, split: Any) -> str | None:
             f"device_map:split gives numbers of blocks by GPU, as in 0:30+1:27, but was {split!r}."
         )
     parts = [part.split(":") for part in split.split("+")]
-    if len({index for index, _ in parts}) < len(parts):
-        return f"device_map:split names a GPU twice in {split!r}."
+    if any(index == after for (index, _), (after, _) in pairwise(parts)):
+        return f"device_map:split names a GPU twice in a row in {split!r}."
     blocks = blocks_of_split(component)
     if not blocks:
         return f"{component.class_name} has no row of blocks that its class wants to be left whole."

@@ -42,6 +42,7 @@ STREAMED = {"resident_blocks": 0, "when_idle": "leave", "max_block_bytes": 1 << 
 
 
 ON_HOST = {"resident_blocks": "0:1+1:2", "max_block_bytes": 1 << 15}
+IN_TURNS = {**ON_HOST, "split": "0:1+1:1+0:1+1:1"}
 HALF = {"resident_blocks": "1:0", "max_block_bytes": 1 << 15}
 
 
@@ -113,6 +114,7 @@ CASES = {
     "a split transformer": ("flux", split("transformer")),
     "a split text encoder": ("flux", split("text_encoder_2")),
     "a transformer that the host helps to hold": ("flux", split("transformer", **ON_HOST)),
+    "GPUs that take turns and stream": ("flux", split("transformer", **IN_TURNS)),
     "a text encoder of which one part streams": ("flux", split("text_encoder_2", **HALF)),
     "a transformer as accelerate maps it": ("pixart_sigma", mapped("transformer")),
     "a language model": ("sana", away("text_encoder")),
@@ -313,7 +315,7 @@ def test_a_room_that_is_no_size_is_refused_in_a_sentence(size: str) -> None:
         ("flux", "vae", {"map": {"encoder": "cpu"}}, "index of a GPU"),
         ("flux", "vae", {"device": -1}, "index of a GPU"),
         ("flux", "transformer", {"split": "0:1"}, "numbers of blocks by GPU"),
-        ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice"),
+        ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice in a row"),
         ("flux", "transformer", {"split": "0:1+1:99"}, "places 100"),
         ("flux", "vae", {"split": "0:1+1:1"}, "no row of blocks"),
         ("flux", "vae", {"device": 1, "resident_blocks": "1:0"}, "name the split"),
