@@ -25,6 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from pipefit.cost_models.devices import split_host_bytes
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
@@ -118,8 +119,10 @@ class Checkpoint:
 
 def host_bytes(component: Component, placement: Placement) -> HostBytes:
     """Return the RAM that the weights of *component* take while it is away from the GPU."""
-    if isinstance(placement, Resident | Split):
+    if isinstance(placement, Resident):
         return HostBytes()
+    if isinstance(placement, Split):
+        return HostBytes(pinned_bytes=split_host_bytes(component, placement))
     if isinstance(placement, Streaming):
         packed_bytes = streamed_bytes(component, placement).host
         return HostBytes(
@@ -197,7 +200,7 @@ def host_peak(
     staging: Counter[int] = Counter()
     for component in components:
         placement = placements.get(component.name)
-        if isinstance(placement, Streaming):
+        if isinstance(placement, Streaming | Split):
             pinned[component.name] = host_bytes(component, placement).pinned_bytes
         if isinstance(placement, GroupOffload):
             if placement.is_pinned_ahead:
@@ -257,6 +260,9 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
         # Each file's pages go with its last tensor.
         pages_bytes = max(_files(component, weight_bytes), default=0)
         kept_bytes = 0
+        if isinstance(placement, Split):
+            kept_bytes = host_bytes(component, placement).pinned_bytes
+            pages_bytes += kept_bytes
         if _is_on_disk(placement) and not is_mapped:
             # Placeholders of the same size come instead (ModuleGroup._offload_to_disk). Nobody
             # writes to them, but small ones are cut from the heap that the weights have left.

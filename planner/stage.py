@@ -31,7 +31,7 @@ from pipefit.cost_models.latency import (
     num_launches,
 )
 from pipefit.cost_models.machine import Gpu, Link
-from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Streaming
+from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Split, Streaming
 from pipefit.cost_models.transfers import (
     BLOCK_HOOK_S,
     COPY_LATENCY_S,
@@ -339,7 +339,10 @@ class Stage(Recorder):
         self._note(("t", copy))
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
-            if isinstance(self.placements.get(self._phase[0].component), Streaming):
+            placement = self.placements.get(self._phase[0].component)
+            if isinstance(placement, Streaming) or (
+                isinstance(placement, Split) and placement.resident_blocks and copy.source is None
+            ):
                 self.clock.work(BLOCK_HOOK_S)  # of the block that the copy is for
         if copy.source is not None and copy.target is not None:
             self._copy_between(copy.source, copy.target, copy.num_bytes)
