@@ -280,7 +280,8 @@ def _read(
     configs = {
         name: loader_config(index[name][0], option.parameters, dtype[str(name)])
         for option in at_load
-        if option.strategy != "precision" and (name := option.component) not in stand_ins
+        if isinstance(strategy(option.strategy), Quantization)
+        and (name := option.component) not in stand_ins
     }
     if progress is not None:
         names = [name for name in dtype if name not in stand_ins]

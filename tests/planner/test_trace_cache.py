@@ -265,6 +265,7 @@ def test_our_own_code_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Mon
 DO_NOT_DECIDE = {
     "catalog",  # its entries are in the callers' keys
     "policy",  # what it asks for is in the callers' keys
+    "checkpoints",  # works on finished traces
     "apply",  # checks a live pipeline, whose state is in the callers' keys
     "prompt",  # says whether text encoders can be dropped, under the whole code's version
     "snapshot",  # takes back what was applied
