@@ -660,6 +660,7 @@ class Stage(Recorder):
             context_bytes=self.context_bytes,
             call=dict(call),
             unknown_reads=dict(self.unknown_reads),
+            num_alloc_retries=sum(gpu.allocator.num_alloc_retries for gpu in self.gpus),
         )
 
 
