@@ -169,6 +169,8 @@ class Course:
         self._order: list[int] = list(cut.called)
         self._twice = self._order * 2
         self.issue = Issue() if issue is None else issue
+        self.copying_s = 0.0
+        """For how long the link has copied."""
         self._link_s = 0.0
         self._resting_s: float | None = None
         self._ready_s: dict[int, float] = {}
@@ -289,6 +291,7 @@ class Course:
 
     def _copied(self, seconds: float, now_s: float, free_s: float) -> float:
         """Return when a copy has arrived that may begin at *now_s*, once its slot is free."""
+        self.copying_s += seconds
         if self._holds_host:
             # The driver stages ordinary memory and may wait for the stream first ("API
             # synchronization behavior" of the CUDA runtime), as it must for more than it can stage.
@@ -326,10 +329,15 @@ class CallTimes:
     def later_s(self) -> float:
         """The time of a later call; components that are called once a turn are not asked it."""
         for _ in range(NUM_PASSES - 1):
-            host_before_s = self._course.issue.host_s
+            host_before_s, copying_before_s = self._course.issue.host_s, self._course.copying_s
             found_s = self._goes_on()
-        # A host that a cold call left ahead falls behind again later, where it is the slower one.
-        return max(found_s, self._course.issue.host_s - host_before_s)
+        # A host that a cold call left ahead falls behind again later, where it is the slower one;
+        # so does a link that was ahead of it.
+        return max(
+            found_s,
+            self._course.issue.host_s - host_before_s,
+            self._course.copying_s - copying_before_s,
+        )
 
     def _goes_on(self) -> float:
         """Return the time of one more call."""
@@ -359,8 +367,10 @@ def split_call_seconds(
         if block is not None:
             orders[device].append(block)
     begin_s = host_before_s = 0.0
+    copying_before_s: dict[int, float] = {}
     for _ in range(NUM_PASSES):
         begin_s, host_before_s = issue.done_s, issue.host_s
+        copying_before_s = {device: course.copying_s for device, course in courses.items()}
         places = dict.fromkeys(courses, 0)
         for device, course in courses.items():
             course.begin(orders[device])
@@ -370,4 +380,5 @@ def split_call_seconds(
             else:
                 places[device] += 1
                 courses[device].run(block, steps, places[device])
-    return max(issue.done_s - begin_s, issue.host_s - host_before_s)
+    copying_s = (course.copying_s - copying_before_s[i] for i, course in courses.items())
+    return max(issue.done_s - begin_s, issue.host_s - host_before_s, *copying_s)
