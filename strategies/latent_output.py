@@ -2,10 +2,11 @@
 
 Between calls the denoiser then need not make room for the decoder. Only asked for, because it
 changes what a call returns. How a pipeline goes from latents to a picture is its own affair, so
-decoding runs its ``__call__`` once more: until ``decode`` components are answered with tensors of
-the shapes that they had returned, ``decode`` is given what it would have been given, and the rest
-is as ever. That is right only if nothing after ``decode`` looks at what came before it; so what
-comes after runs for two different fillings of those tensors, and must come out the same.
+decoding runs its ``__call__`` once more: until ``decode`` it is given tensors of the shapes that
+its ``encode_prompt`` and its components had returned, ``decode`` is given what it would have been
+given, and the rest is as ever. That is right only if nothing after ``decode`` looks at what came
+before it; so what comes after runs for two different fillings of those tensors, and must come out
+the same.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from typing import Any
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.workload import Component, Workload
-from pipefit.errors import InvalidRequest, UnsupportedPipeline
+from pipefit.errors import InvalidRequest, PipefitError, UnsupportedPipeline
 from pipefit.strategies.live import (
     ENTRY_METHODS,
-    attribute_restorer,
+    Restore,
+    device_restorer,
     execution_device,
+    have_weights_brought,
     module_components,
+    without_progress_bar,
     wrap_method,
 )
 from pipefit.strategies.parameters import unknown_parameter
-from pipefit.strategies.prompt_first import same_values
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, same_values
 from pipefit.strategies.strategy import Kind, Quality, Undo
 
 DECODE = "decode"
@@ -113,7 +117,10 @@ class Undecoded:
     pipeline_class: type
     call: Mapping[str, Any] = field(repr=False)
     returned: Mapping[tuple[str, str], Sequence[bytes]] = field(repr=False)
-    """(component, entry) -> what each call returned, without the tensors' values."""
+    """(component, entry) -> what each call returned, without the tensors' values; of the pipeline
+    itself, which has no name, for its ``encode_prompt``."""
+    decoder: str
+    """The component whose ``decode`` comes next."""
     latents: Sequence[Any] = field(repr=False)
     """The tensors among the arguments of ``decode``."""
     dtype: Any = field(repr=False)
@@ -124,9 +131,14 @@ class Undecoded:
     def decode(self, pipe: Any) -> Any:
         """Return what the call would have returned; *pipe* may be under another plan by now.
 
+        Decoding is on the GPU beside whatever *pipe* has there, and in no plan's prediction: a
+        decoder that the plan left on the CPU comes for that long.
+
         Raises:
             InvalidRequest: *pipe* is of another class.
             UnsupportedPipeline: what it does after decoding needs more than what is decoded.
+            torch.OutOfMemoryError: it does not fit beside the rest; undone, the plan is not in the
+                way.
         """
         import torch
 
@@ -137,24 +149,25 @@ class Undecoded:
             )
         device = execution_device(pipe)
         devices = [device] if device.type == "cuda" else []
-        restore = attribute_restorer(pipe, ("_progress_bar_config",))
-        pipe.set_progress_bar_config(disable=True)
+        undo = contextlib.ExitStack()
+        undo.callback(without_progress_bar(pipe))
         try:
+            undo.callback(_brought(module_components(pipe)[self.decoder], device))
             # Noise is drawn again, and the caller's next call must not notice.
             with torch.random.fork_rng(devices):
                 first = _Decoding(self, pipe, device, fill=0)
                 output = first.run()
                 second = _Decoding(self, pipe, device, fill=1, decoded=first.decoded)
                 is_same = same_values(output, second.run())
-        except (UnsupportedPipeline, torch.OutOfMemoryError):
+        except (PipefitError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the pipeline raises, in its own words
             raise UnsupportedPipeline(
-                f"{type(pipe).__name__} cannot go on from its latents "
-                f"({type(error).__name__}: {error}): leave latent_output out."
+                f"{type(pipe).__name__} cannot go on from its latents ({type(error).__name__}: "
+                f"{error}): undo the plan and decode again, or leave latent_output out."
             ) from error
         finally:
-            restore()
+            undo.close()
         if not is_same:
             raise UnsupportedPipeline(
                 f"What {type(pipe).__name__} returns depends on more than what it decodes: leave "
@@ -163,8 +176,16 @@ class Undecoded:
         return output
 
 
+def _brought(module: Any, device: Any) -> Restore:
+    """Bring *module* to *device* unless hooks do that; the result puts it back."""
+    restore = device_restorer(module)
+    if not have_weights_brought(module):
+        module.to(device)
+    return restore
+
+
 class _Stop(Exception):
-    """The call has come to ``decode`` of a component of this dtype; not an error."""
+    """The call has come to ``decode`` of this component; not an error."""
 
 
 def _until_decode(cls: Any, pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -182,11 +203,14 @@ def _until_decode(cls: Any, pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> 
     if given.get("callback_on_step_end") is not None:
         kept["callback_on_step_end"] = None
         given = {**given, **_watched_callback(given["callback_on_step_end"], changes)}
+    for name in CALLBACKS:
+        if given.get(name) is not None:
+            given = {**given, name: functools.partial(_outside, given[name])}
 
     def answer(name: str, entry: str, function: Any, args: Any, kwargs: Any) -> Any:
         if entry == DECODE:
             _each_tensor((args, kwargs), lambda tensor: latents.append(tensor.to("cpu", copy=True)))
-            raise _Stop(getattr(modules[name], "dtype", None))
+            raise _Stop(name)
         output = function(*args, **kwargs)
         returned.setdefault((name, entry), []).append(_packed(output, []))
         return output
@@ -197,7 +221,8 @@ def _until_decode(cls: Any, pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> 
         with _answering(pipe, answer):
             return cls.__call__(pipe, **given)
     except _Stop as stop:
-        (dtype_then,) = stop.args
+        (decoder,) = stop.args
+    dtype_then = getattr(modules[decoder], "dtype", None)
     # What a call does when it is through: some cast their autoencoder for decoding, and back.
     for name, dtype in dtypes.items():
         if dtype is not None and modules[name].dtype != dtype:
@@ -207,6 +232,7 @@ def _until_decode(cls: Any, pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> 
         pipeline_class=cls,
         call=kept,
         returned=returned,
+        decoder=decoder,
         latents=latents,
         dtype=dtype_then,
         changes=changes,
@@ -315,22 +341,23 @@ _ANSWER: ContextVar[Callable[..., Any] | None] = ContextVar("_ANSWER", default=N
 def _answering(pipe: Any, answer: Callable[[str, str, Any, Any, Any], Any]) -> Iterator[None]:
     """Let *answer* return what *pipe* gets of its components, but not what these get of others.
 
-    Components have another class meanwhile, because a wrapped ``forward`` would be in the way of
-    hooks that come and go, and of what was compiled.
+    Its ``encode_prompt`` counts as one, because a call may find a prompt encoded that another call
+    has to encode. Components have another class meanwhile, because a wrapped ``forward`` would be
+    in the way of hooks that come and go, and of what was compiled.
     """
     names = {id(module): name for name, module in module_components(pipe).items()}
+    names[id(pipe)] = ""
 
     def outermost(module: Any, entry: str, function: Any, args: Any, kwargs: Any) -> Any:
-        token = _ANSWER.set(None)
-        try:
-            return answer(names[id(module)], entry, function, args, kwargs)
-        finally:
-            _ANSWER.reset(token)
+        return _outside(answer, names[id(module)], entry, function, args, kwargs)
 
     def restore_class(module: Any, cls: type) -> None:
         module.__class__ = cls
 
     with contextlib.ExitStack() as undo:
+        if callable(getattr(pipe, ENCODE_PROMPT, None)):
+            wrapper = functools.partial(_entered, ENCODE_PROMPT, pipe)
+            undo.callback(wrap_method(pipe, ENCODE_PROMPT, wrapper))
         for module in {id(m): m for m in module_components(pipe).values()}.values():
             for entry in ENTRY_METHODS:
                 if callable(getattr(module, entry, None)):
@@ -348,6 +375,15 @@ def _entered(entry: str, module: Any, method: Any, *args: Any, **kwargs: Any) ->
     if answer is None:
         return method(*args, **kwargs)
     return answer(module, entry, method, args, kwargs)
+
+
+def _outside(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call what is not the pipeline's own: what it asks components for is its own affair."""
+    token = _ANSWER.set(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _ANSWER.reset(token)
 
 
 @functools.cache

@@ -374,6 +374,11 @@ def _entry_hook_class() -> type:
             self.loading: list[Callable[[], None]] = []
             self.entered: list[Callable[[], None]] = []
 
+        @property
+        def brings_weights(self) -> bool:
+            """Whether an engine streams this component; otherwise other engines are told."""
+            return bool(self.entered)
+
         def tell_others(self) -> None:
             for told in (*self.leaving, *self.loading):
                 told()

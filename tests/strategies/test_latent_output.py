@@ -17,15 +17,16 @@ from tests.small_pipelines import (
     stable_diffusion_xl,
 )
 
-from pipefit import InvalidRequest, UnsupportedPipeline, auto_optimize, predict
+from pipefit import InvalidRequest, UnsupportedPipeline, auto_optimize, plan, predict
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import find_gpu, reference_machine
-from pipefit.planner.rehearse import rehearse
+from pipefit.planner.rehearse import on_stage, rehearse
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.strategies.latent_output import DECODE_LATER_NOTE, Undecoded
 from pipefit.strategies.strategy import Option
 
 LATENT_OUTPUT = Option(strategy="latent_output")
+PROMPT_FIRST = Option(strategy="prompt_first")
 
 
 def pictures_of(output: Any) -> torch.Tensor:
@@ -130,6 +131,74 @@ def test_a_callback_is_called_once_a_step_and_its_changes_hold() -> None:
     assert steps == [0, 1] * 2
 
 
+def test_a_callback_may_ask_components_for_a_preview() -> None:
+    pipe, expected = untouched("stable_diffusion")
+    previews: list[torch.Tensor] = []
+
+    def preview(pipe: Any, step: int, time: Any, given: Any) -> Any:
+        previews.append(pipe.vae.decode(given["latents"], return_dict=False)[0])
+        return {}
+
+    def early_preview(step: int, time: Any, latents: torch.Tensor) -> None:
+        previews.append(pipe.vae.decode(latents, return_dict=False)[0])
+
+    early = {"callback": early_preview, "callback_steps": 1}  # deprecated, and still taken
+    for callback in ({"callback_on_step_end": preview}, early):
+        previews.clear()
+        assert torch.equal(picture(pipe, "stable_diffusion", **callback), expected)
+        plain = list(previews)
+        previews.clear()
+        with apply_options(pipe, [LATENT_OUTPUT], "cpu"):
+            one = waiting(pipe, "stable_diffusion", **callback)
+            assert len(previews) == len(plain)
+            assert all(map(torch.equal, previews, plain))
+            assert torch.equal(pictures_of(one.decode(pipe)), expected)
+
+
+def test_prompts_that_are_remembered_are_those_that_were_encoded() -> None:
+    pipe, expected = untouched("flux")
+    with apply_options(pipe, [LATENT_OUTPUT], "cpu"):
+        one = waiting(pipe, "flux")
+    with apply_options(pipe, [PROMPT_FIRST], "cpu"):
+        assert torch.equal(pictures_of(one.decode(pipe)), expected)
+        assert torch.equal(picture(pipe, "flux"), expected)
+    with apply_options(pipe, [PROMPT_FIRST, LATENT_OUTPUT], "cpu"):
+        waiting(pipe, "flux")
+        one = waiting(pipe, "flux")  # its prompt was encoded by the call before
+    assert torch.equal(pictures_of(one.decode(pipe)), expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "sana", "pixart_sigma"])
+def test_a_decoder_that_the_plan_left_on_the_cpu_decodes_on_the_gpu(name: str) -> None:
+    pipe, _ = untouched(name)
+    call = {key: value for key, value in small_call(name).items() if key != "generator"}
+    machine = reference_machine(["rtx-4060"])
+    found = plan(pipe, "4GB", call=call, machine=machine, with_="latent_output", rehearse=False)
+    devices: list[Any] = []
+    with on_stage(pipe, machine.gpus[0]) as stage:
+        twin = stage.pipe
+        with apply_options(twin, found.options, torch.device("cuda", 0), plan=found):
+            one = twin(**call)
+            assert next(twin.vae.parameters()).device.type == "cpu"
+
+            def decoded(module: Any, args: Any, output: Any) -> None:
+                devices.append((args[0].device.type, output.device.type))
+
+            handle = twin.vae.decoder.register_forward_hook(decoded)
+            one.decode(twin)
+            handle.remove()
+            assert next(twin.vae.parameters()).device.type == "cpu"
+    assert devices == [("cuda", "cuda")]
+
+
+def test_a_picture_of_no_numbers_is_decoded_as_such() -> None:
+    pipe, _ = untouched("flux")
+    with apply_options(pipe, [LATENT_OUTPUT], "cpu"):
+        one = waiting(pipe, "flux", output_type="pt")
+        one.latents[0].fill_(torch.nan)
+        assert pictures_of(one.decode(pipe)).isnan().all()
+
+
 def test_an_interrupted_call_is_decoded_from_where_it_was() -> None:
     pipe, _ = untouched("flux")
 
@@ -200,17 +269,18 @@ def test_several_calls_of_the_decoder_are_refused_before_and_after() -> None:
 
 def test_what_depends_on_more_than_the_decoded_is_refused(monkeypatch: Any) -> None:
     pipe, _ = untouched("flux")
-    embedded: list[torch.Tensor] = []
+    reached: list[torch.Tensor] = []
+    step = pipe.scheduler.step
 
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        found = type(pipe).encode_prompt(pipe, *args, **kwargs)
-        embedded.append(found[0])
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        found = step(*args, **kwargs)
+        reached.append(found[0])
         return found
 
     def tinted(picture: torch.Tensor, **_: Any) -> Any:
-        return picture + embedded[-1].mean()
+        return picture + reached[-1].mean()
 
-    monkeypatch.setattr(pipe, "encode_prompt", encode, raising=False)
+    monkeypatch.setattr(pipe.scheduler, "step", stepped)
     monkeypatch.setattr(pipe.image_processor, "postprocess", tinted)
     with apply_options(pipe, [LATENT_OUTPUT], "cpu"):
         one = waiting(pipe, "flux")
