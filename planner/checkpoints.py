@@ -1,12 +1,13 @@
 """What components are read from, and what shards of it would change about RAM and disk.
 
 ``sharded_checkpoint`` is for RAM while the weights are read, of which the search knows nothing: so
-it is no candidate, but asked for by a plan as a whole, where a budget of RAM cannot be kept
-otherwise.
+it is no candidate, but asked for by a plan as a whole, where a budget of RAM, or what is available,
+cannot be kept otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,20 +17,25 @@ from pipefit.cost_models.host_memory import (
     host_peak,
     unmapped_bytes,
 )
+from pipefit.cost_models.machine import Host
 from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.cost_models.workload import Workload
 from pipefit.planner.policy import Policy
+from pipefit.planner.trace_cache import checkpoints_folder
 from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes
 from pipefit.strategies.strategy import Option
 
 SHARDED_CHECKPOINT = "sharded_checkpoint"
 
 
-def shards_option(workload: Workload, policy: Policy) -> Option | None:
-    """Return the option where it is asked for, or where the RAM budget cannot do without it."""
+def shards_option(workload: Workload, policy: Policy, host: Host | None) -> Option | None:
+    """Return the option where it is asked for, or where the RAM cannot do without it.
+
+    Without a budget that is what is available on *host*; None: as much as it takes.
+    """
     asked = next((o for o in policy.required if o.strategy == SHARDED_CHECKPOINT), None)
     option = asked or Option(strategy=SHARDED_CHECKPOINT)
-    if asked is None and not _is_needed(workload, option, policy):
+    if asked is None and not _is_needed(workload, option, _room_bytes(policy, host)):
         return None
     return replace(option, reason=_reason(workload, option))
 
@@ -48,8 +54,8 @@ def rewriting_bytes(workload: Workload, options: Sequence[Option]) -> int:
     needed_bytes = 0
     for most_bytes in _shard_sizes(options):
         for checkpoint in sharded(workload, most_bytes).values():
-            # Beside the pages that are read, the bytes of what is being written.
-            needed_bytes = max(needed_bytes, 2 * min(most_bytes, sum(checkpoint.file_bytes)))
+            # Beside the pages that are read, the bytes of what is being written: part of one file.
+            needed_bytes = max(needed_bytes, 2 * min(most_bytes, max(checkpoint.file_bytes)))
             if checkpoint.is_read_whole:
                 whole_bytes = max(checkpoint.file_bytes)
                 needed_bytes = max(needed_bytes, whole_bytes + min(most_bytes, whole_bytes))
@@ -74,8 +80,9 @@ def rewriting_notes(
         return ()
     return (
         f"{format_bytes(num_bytes)} of weights are rewritten in shards before they are loaded, "
-        f"about {format_seconds(2 * num_bytes / disk_bytes_per_s)} of reading and writing; they "
-        "stay in pipefit's cache for the next load, also after undo().",
+        f"about {format_seconds(2 * num_bytes / disk_bytes_per_s)} of reading and writing unless "
+        f"an earlier load did it; they stay in {checkpoints_folder()} for the next load, also "
+        "after undo(), until `pipefit cache --clear`.",
     )
 
 
@@ -92,15 +99,21 @@ def _shard_sizes(options: Sequence[Option]) -> list[int]:
     return [shard_bytes(o.parameters) for o in options if o.strategy == SHARDED_CHECKPOINT]
 
 
-def _is_needed(workload: Workload, option: Option, policy: Policy) -> bool:
-    """Whether loading exceeds the RAM budget by files that are read whole, and shards keep it."""
-    if policy.ram_bytes is None:
-        return False
+def _room_bytes(policy: Policy, host: Host | None) -> float:
+    """Return what loading may take beside the process."""
+    if policy.ram_bytes is not None:
+        total_bytes = math.inf if host is None else host.total_bytes
+        return min(policy.ram_bytes, total_bytes) - LOADING_PROCESS_BYTES
+    # What is available has the process taken off already.
+    return math.inf if host is None else host.available_bytes
+
+
+def _is_needed(workload: Workload, option: Option, room_bytes: float) -> bool:
+    """Whether loading exceeds the room by files that are read whole, and shards keep it."""
     before, after = (
         unmapped_bytes(workload.components, checkpoints(workload, options))
         for options in ([], [option])
     )
-    room_bytes = policy.ram_bytes - LOADING_PROCESS_BYTES
     after = max(after, rewriting_bytes(workload, [option]))
     return after <= room_bytes < before
 

@@ -700,7 +700,7 @@ def price_devices(
     for main in mains:
         kind = _kind(by_index[main])
         for number, one in enumerate(traced[kind]):
-            switches = process_options(one.workload, by_index[main], policy)
+            switches = process_options(one.workload, by_index[main], policy, machine.host)
             alike = kind, number, tuple(switch.strategy for switch in switches)
             found.append(
                 DevicePricing(

@@ -8,10 +8,11 @@ larger weights nor a second copy of them is ever in memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from pipefit.planner.policy import BudgetRequest
 from pipefit.planner.prompt import (
     PromptCall,
     alone,
+    as_loaded,
     divided_options,
     encoded,
     prompt_calls,
     text_encoders,
 )
-from pipefit.planner.trace_cache import cache_folder
+from pipefit.planner.trace_cache import checkpoints_folder
 from pipefit.planner.workloads import Progress
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.describe import describe_component
@@ -87,7 +89,8 @@ def load(
     folder, recommended = folder_of(name_or_folder)
     with quietly():
         # Dtypes of all components, so that what is planned for is what is loaded.
-        chosen = dict(build_pipeline(folder, dtype=_dtypes(recommended, dtype))[1].dtype)
+        bare, info = build_pipeline(folder, dtype=_dtypes(recommended, dtype))
+        chosen = dict(info.dtype)
     machine, budget = api.machine_and_budget(device, vram_budget)
     made = api.plan(
         folder,
@@ -106,19 +109,21 @@ def load(
     at_load = [option for option in made.options if _is_at_load(option)]
     _check_packages(at_load)
     device = torch.device(api.torch_device(made.gpu))
+    calls: list[PromptCall] = []
+    if drops(made.options):
+        with quietly():
+            inputs = default_inputs(bare, info.entry, call)
+            _check_prompt(inputs, call or {})
+            calls = prompt_calls(bare, inputs, prepare=functools.partial(as_loaded, at_load))
 
     def read(stand_ins: Mapping[str, Any]) -> DiffusionPipeline:
         return _read(source, chosen, at_load, device, progress, stand_ins)
 
     with _in_shards(folder, chosen, at_load, progress) as source:
-        if not drops(made.options):
+        if not calls:
             pipe = read({})
             pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
             return pipe
-        with quietly():
-            bare, info = build_pipeline(folder, dtype=chosen)
-            inputs = default_inputs(bare, info.entry, call)
-            calls = prompt_calls(bare, inputs, prepare=_cast(at_load))
         modules = module_components(bare)
         encoders = {name: modules.pop(name) for name in text_encoders(bare)}
         known = _encoded(read(modules), calls, made, at_load, device)
@@ -131,15 +136,19 @@ def load(
     return pipe
 
 
-def _cast(at_load: Sequence[Option]) -> Callable[[Any], None]:
-    """Return what gives a weightless twin the dtypes that *at_load* load; some are arguments."""
+def _check_prompt(inputs: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Refuse to encode a text that completed *call* to *inputs*: it is not what will be called.
 
-    def prepare(twin: Any) -> None:
-        for option in at_load:
-            if option.strategy == "precision":
-                strategy("precision").apply(twin, option.component, option.parameters, "cpu")
-
-    return prepare
+    Raises:
+        InvalidRequest: naming the argument.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, str) and value and name not in call:
+            raise InvalidRequest(
+                f"prompt_first:drop=true encodes the {name} while loading and then drops the text "
+                f'encoders, but the call names no {name}: load with call={{"{name}": ...}} as the '
+                "pipeline will be called, or leave drop=true out."
+            )
 
 
 def _encoded(
@@ -249,10 +258,10 @@ def _in_shards(
         and (found := checkpoint_of(about))
         and found.gains_from(most_bytes, about.library)
     ]
-    if progress is not None:
-        progress(f"rewriting {' and '.join(names) or 'nothing'} in shards …")
+    if progress is not None and names:
+        progress(f"rewriting {' and '.join(names)} in shards unless an earlier load did …")
     try:
-        linked = with_shards(folder, names, most_bytes, cache_folder() / "checkpoints")
+        linked = with_shards(folder, names, most_bytes, checkpoints_folder())
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise InvalidRequest(
             f"{' and '.join(names)} could not be rewritten in shards ({error}): make room on the "

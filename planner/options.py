@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast, get_args
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import PROCESS_BYTES, HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
-from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.machine import DISK_BYTES_PER_S, Gpu, Host
 from pipefit.cost_models.memory import PhaseMemory, simulate
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -263,17 +263,20 @@ def _offered(parts: Parts, policy: Policy) -> Parts:
     return {name: parameters for name, parameters in parts.items() if name not in required}
 
 
-def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+def process_options(
+    workload: Workload, gpu: Gpu, policy: Policy, host: Host | None = None
+) -> tuple[Option, ...]:
     """Return the switches of the process: those asked for, and those that are worth it.
 
     They change the time of every candidate and the memory of none, so they are no axis of the
     search: each is taken, for all candidates or for none, where the time that it saves the
-    untouched pipeline is no tie. Shards of a checkpoint are for RAM: where a budget of it asks.
+    untouched pipeline is no tie. Shards of a checkpoint are for RAM: where a budget of it asks, or
+    what *host* has available.
     """
     found = []
     for one in _allowed("process", policy):
         if isinstance(one, ShardedCheckpoint):
-            shards = shards_option(workload, policy)
+            shards = shards_option(workload, policy, host)
             found += [shards] if shards is not None else []
             continue
         asked = [option for option in policy.required if option.strategy == one.name]
@@ -323,8 +326,8 @@ class Pricing:
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
         num_cores: int = 1,
-        disk_bytes_per_s: float = 1.0e9,
-        ram_bytes: float = math.inf,
+        disk_bytes_per_s: float = DISK_BYTES_PER_S,
+        ram_bytes: int | None = None,
         models: Models | None = None,
     ) -> None:
         self._disk_bytes_per_s = disk_bytes_per_s
@@ -337,7 +340,8 @@ class Pricing:
         self.fixed_options = (*self.process_options, *self.load_options)
         """What every candidate has."""
         self._ram_bytes = ram_bytes
-        """What is available for text encoders that are dropped, which no sum counts."""
+        """What is available for text encoders that are dropped, which no sum counts; None: as much
+        as they take."""
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
         self._models = models
@@ -397,7 +401,7 @@ class Pricing:
         They count in no sum with the rest, and any of those returned can be had together.
         """
         found = dict(groups)
-        room_bytes = self._ram_bytes
+        room_bytes = math.inf if self._ram_bytes is None else self._ram_bytes
         if policy.ram_bytes is not None:
             room_bytes = min(room_bytes, policy.ram_bytes - PROCESS_BYTES)
         needed = {

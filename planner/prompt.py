@@ -22,10 +22,12 @@ import torch
 
 from pipefit.errors import InvalidRequest, TraceError
 from pipefit.planner.rehearsals import REHEARSED_STEPS
+from pipefit.planner.signatures import GPU
 from pipefit.planner.trace import trace
+from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components, wrap_method
 from pipefit.strategies.prompt_first import ENCODE_PROMPT, Remembered, drops
-from pipefit.strategies.strategy import Option
+from pipefit.strategies.strategy import Imitated, Option
 from pipefit.strategies.text_encoder_on_cpu import reads_tokens
 
 ADVICE = "leave drop=true out"
@@ -37,7 +39,8 @@ class PromptCall:
 
     arguments: Mapping[str, Any]
     state: Mapping[str, Any]
-    """What the pipeline's own call had noted on itself by then, as ``_guidance_scale``."""
+    """What the pipeline's own call had noted on itself by then, as ``_guidance_scale``, and what it
+    says of the components that are not there."""
 
 
 def text_encoders(pipe: Any) -> tuple[str, ...]:
@@ -73,9 +76,10 @@ def prompt_calls(
             bound = inspect.signature(method).bind(*args, **kwargs)
             for argument, value in bound.arguments.items():
                 _check_known(name, argument, value)
-            state = {k: v for k, v in vars(twin).items() if k[:1] == "_" and _is_plain(v)}
-            found.append(PromptCall(arguments=dict(bound.arguments), state=state))
-            vars(idle).update(state)
+            noted = {k: v for k, v in vars(twin).items() if k[:1] == "_" and _is_plain(v)}
+            said = {k: v for k, v in vars(idle).items() if isinstance(v, SimpleNamespace)}
+            found.append(PromptCall(arguments=dict(bound.arguments), state={**noted, **said}))
+            vars(idle).update(noted)
             return getattr(type(twin), ENCODE_PROMPT)(idle, *args, **kwargs)
 
         vars(twin).update(vars(rest))
@@ -99,6 +103,25 @@ def prompt_calls(
     if not found:
         raise InvalidRequest(f"{name} encodes no prompt in this call: {ADVICE}.")
     return found
+
+
+def as_loaded(options: Sequence[Option], twin: Any) -> None:
+    """Give a weightless *twin* what a load under *options* gives a pipeline.
+
+    Dtypes among it, which some pipelines hand ``encode_prompt``.
+    """
+    for option in options:
+        one = strategy(option.strategy)
+        if isinstance(one, Imitated) and is_imitated(option):
+            one.imitate(twin, str(option.component), option.parameters)
+        elif one.name == "precision":
+            one.apply(twin, option.component, option.parameters, GPU)
+
+
+def is_imitated(option: Option) -> bool:
+    """Whether a weightless twin is given the effect of *option*, as before a trace."""
+    one = strategy(option.strategy)
+    return isinstance(one, Imitated) and not one.is_rehearsed
 
 
 def alone(pipe: Any, kept: Mapping[str, Any]) -> Any:

@@ -25,9 +25,11 @@ from pipefit.planner.apply import apply_options
 from pipefit.planner.plan import Rehearsal
 from pipefit.planner.prompt import (
     PromptCall,
+    as_loaded,
     divided,
     divided_options,
     encoded,
+    is_imitated,
     prompt_calls,
     text_encoders,
 )
@@ -41,7 +43,7 @@ from pipefit.planner.virtual_tensors import CPU, buffer_of
 from pipefit.strategies import strategy
 from pipefit.strategies.live import module_components, wrap_method
 from pipefit.strategies.prompt_first import ENCODE_PROMPT, drops
-from pipefit.strategies.strategy import Imitated, Option
+from pipefit.strategies.strategy import Option
 
 FOLDERS = ("offload_to_disk_path", "disk_path")
 """Parameters that name a folder for weights: of group offload and of streaming."""
@@ -135,7 +137,7 @@ def rehearse(
     calls: list[PromptCall] = []
     first = pipe
     if drops(options):
-        calls = prompt_calls(pipe, shortened, prepare=functools.partial(_imitate, options))
+        calls = prompt_calls(pipe, shortened, prepare=functools.partial(as_loaded, options))
         encoders, pipe = divided(pipe)
         first, (before, options) = encoders, divided_options(options, text_encoders(encoders))
     with (
@@ -145,7 +147,7 @@ def rehearse(
             budget_bytes=budget_bytes,
             links=links,
             timeline=timeline,
-            prepare=functools.partial(_imitate, before if calls else options),
+            prepare=_imitating(before if calls else options),
             is_strict=is_strict,
             in_place=in_place and not calls,  # the caller would keep the text encoders
             remember=remember,
@@ -165,8 +167,7 @@ def rehearse(
         if calls:
             known, _ = perform(before, lambda twin: encoded(twin, calls, device))
             stage.empty()
-            prepare = functools.partial(_imitate, options)
-            load_onto(stage, pipe, prepare=prepare, in_place=in_place)
+            load_onto(stage, pipe, prepare=_imitating(options), in_place=in_place)
 
         def run(twin: Any) -> None:
             if calls:
@@ -176,17 +177,9 @@ def rehearse(
         return perform(options, run)[1]
 
 
-def _is_imitated(option: Option) -> bool:
-    one = strategy(option.strategy)
-    return isinstance(one, Imitated) and not one.is_rehearsed
-
-
-def _imitate(options: Sequence[Option], twin: Any) -> None:
-    """Do to *twin* what its load would have done, as before a trace."""
-    for option in options:
-        one = strategy(option.strategy)
-        if isinstance(one, Imitated) and _is_imitated(option):
-            one.imitate(twin, str(option.component), option.parameters)
+def _imitating(options: Sequence[Option]) -> Callable[[Any], None]:
+    """Return what does to a twin what its load would have done and applying cannot."""
+    return functools.partial(as_loaded, [option for option in options if is_imitated(option)])
 
 
 def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
@@ -200,7 +193,7 @@ def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
             },
         )
         for option in options
-        if not _is_imitated(option)
+        if not is_imitated(option)
     ]
 
 

@@ -47,6 +47,13 @@ MAX_SHARD_SIZE = "2GB"
 FILES_OF = "_pipefit_checkpoint"
 """Attribute of a weightless module that says what :func:`describe_files` found in its folder."""
 
+SHARDS_SUFFIX = ".shards"
+UNFINISHED_SUFFIX = ".unfinished"
+"""What folders of a cache end in: with all shards of a component, and while they are written.
+
+By these ``clear_cache`` of planner/trace_cache.py knows what it may remove.
+"""
+
 STEMS = (
     ("diffusion_pytorch_model", "safetensors"),
     ("model", "safetensors"),
@@ -161,7 +168,8 @@ def weight_files(folder: Path) -> tuple[list[Path], str, str]:
                 return [single], stem, variant
             index = folder / f"{stem}.{kind}.index{variant}.json"
             if index.is_file():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                said = _mapping(json.loads(index.read_text(encoding="utf-8")), index)
+                names = _mapping(said["weight_map"], index).values()
                 files = [folder / name for name in dict.fromkeys(names)]
                 if all(file.is_file() for file in files):
                     return files, stem, variant
@@ -175,7 +183,7 @@ def describe_files(folder: Path) -> dict[str, Any] | None:
     """
     try:
         files, _, _ = weight_files(folder)
-        if not files:
+        if not files or any(is_read_whole(file) and not _is_pickle(file) for file in files):
             return None
         return {
             "file_bytes": [file.stat().st_size for file in files],
@@ -191,6 +199,11 @@ def is_read_whole(file: Path) -> bool:
     from zipfile import is_zipfile
 
     return file.suffix == ".bin" and not is_zipfile(file)
+
+
+def _is_pickle(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(1) == pickle.PROTO  # as every pickle since protocol 2
 
 
 def _stored_dtype(file: Path) -> str | None:
@@ -210,9 +223,20 @@ def _header(file: Path) -> dict[str, Any]:
         size = int.from_bytes(stream.read(8), "little")
         if size > file.stat().st_size:
             raise ValueError(f"{file} is no safetensors file.")
-        header = json.loads(stream.read(size))
+        header = _mapping(json.loads(stream.read(size)), file)
     header.pop("__metadata__", None)
-    return dict(header)
+    return {name: _mapping(tensor, file) for name, tensor in header.items()}
+
+
+def _mapping(found: Any, file: Path) -> dict[str, Any]:
+    """Return *found* if it holds something by name.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no object where one was expected.")
+    return found
 
 
 def _pickled(file: Path) -> dict[str, Any]:
@@ -220,7 +244,9 @@ def _pickled(file: Path) -> dict[str, Any]:
 
     is_mapped = not is_read_whole(file)
     found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
-    if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in found.values()
+    ):
         raise InvalidRequest(
             f"{file} holds more than tensors by name, so it cannot be rewritten in shards: load "
             "without sharded_checkpoint."
@@ -238,15 +264,19 @@ def with_shards(folder: Path, components: Sequence[str], most_bytes: int, cache:
     next load. Once the weights are read the folder may go, and the links with it.
     """
     linked = Path(tempfile.mkdtemp(prefix="pipefit-"))
-    for entry in folder.resolve().iterdir():
-        if entry.name not in components:
-            (linked / entry.name).symlink_to(entry)
-            continue
-        (linked / entry.name).mkdir()
-        shards = rewrite(entry, most_bytes, cache)
-        kept = [file for file in entry.iterdir() if not _is_of_weights(file)]
-        for file in (*kept, *shards.iterdir()):
-            (linked / entry.name / file.name).symlink_to(file.resolve())
+    try:
+        for entry in folder.resolve().iterdir():
+            if entry.name not in components:
+                (linked / entry.name).symlink_to(entry)
+                continue
+            (linked / entry.name).mkdir()
+            shards = rewrite(entry, most_bytes, cache)
+            kept = [file for file in entry.iterdir() if not _is_of_weights(file)]
+            for file in (*kept, *shards.iterdir()):
+                (linked / entry.name / file.name).symlink_to(file.resolve())
+    except BaseException:
+        shutil.rmtree(linked, ignore_errors=True)
+        raise
     return linked
 
 
@@ -263,12 +293,12 @@ def rewrite(folder: Path, most_bytes: int, cache: Path) -> Path:
     files, stem, variant = weight_files(folder)
     facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = hashlib.sha256(json.dumps([facts, most_bytes]).encode()).hexdigest()[:16]
-    target = cache / key
+    target = cache / f"{key}{SHARDS_SUFFIX}"
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
     stem = "model" if stem == "pytorch_model" else stem
-    scratch = Path(tempfile.mkdtemp(dir=cache))
+    scratch = Path(tempfile.mkdtemp(suffix=UNFINISHED_SUFFIX, dir=cache))
     try:
         written = []
         for file in files:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tests.small_pipelines import small_call
 from tests.strategies.test_device_map import CARDS, CASES, untouched
@@ -96,3 +99,12 @@ def test_a_split_that_streams_keeps_its_budgets_and_its_time_in_full_size() -> N
     assert call_seconds(predicted, rehearsed) == pytest.approx(predicted.seconds, rel=0.05)
     alone = api.plan("flux.1-schnell", budgets, **made, without=["device_map"])
     assert plan.prediction.latency.call_s < 0.7 * alone.prediction.latency.call_s
+    said = re.search(
+        r"([\d.]+) s predicted, in twelve rounds .*`(resident_blocks=.*)`\), and ([\d.]+) s from",
+        (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8"),
+    )
+    assert said is not None
+    assert said[1] == f"{plan.prediction.latency.call_s:.2f}"
+    assert said[2] == f"resident_blocks={option.parameters['resident_blocks']}"
+    assert len(option.parameters["split"].split("+")) == 2 * 12
+    assert said[3] == f"{alone.prediction.latency.call_s:.2f}"

@@ -10,16 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tests.end_to_end.small_runs import untouched
-from tests.small_pipelines import picture, small_call
+from tests.small_pipelines import flux, picture, small_call
 
 import pipefit
 from pipefit.planner import load as loading
 from pipefit.planner.apply import apply_options
 from pipefit.planner.build import build_pipeline
+from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.prompt import prompt_calls, text_encoders
 from pipefit.planner.rehearse import rehearse
@@ -41,15 +43,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         target = tmp_path_factory.mktemp(name)
         untouched(name)[0].save_pretrained(target)
-        # T5's own class takes no vocabulary of whole words, which the small tokenizers have.
-        index = json.loads((target / "model_index.json").read_text())
-        for part, value in index.items():
-            if isinstance(value, list) and str(value[1]).startswith("T5Tokenizer"):
-                index[part] = ["transformers", "PreTrainedTokenizerFast"]
-        (target / "model_index.json").write_text(json.dumps(index))
+        edit_index(target)
         return target
 
     return folder
+
+
+def edit_index(folder: Path) -> None:
+    """T5's own class takes no vocabulary of whole words, which the small tokenizers have."""
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, value in index.items():
+        if isinstance(value, list) and str(value[1]).startswith("T5Tokenizer"):
+            index[part] = ["transformers", "PreTrainedTokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def quiet(pipe: Any) -> Any:
@@ -223,6 +229,66 @@ def test_several_gpus_are_refused() -> None:
     machine = reference_machine(["rtx-4090", "rtx-4090"])
     with pytest.raises(pipefit.InvalidRequest, match="several GPUs"):
         pipefit.plan("flux.1-dev", "20GB", machine=machine, with_=[DROP])
+
+
+@pytest.mark.parametrize("call", [None, {"height": 64, "width": 64, "max_sequence_length": 16}])
+def test_a_prompt_that_nobody_gave_is_not_encoded(
+    call: Any, saved: Callable[[str], Path], encoders: list[weakref.ref[Any]]
+) -> None:
+    with pytest.raises(pipefit.InvalidRequest, match=r"names no prompt: load with call="):
+        loaded(saved("flux"), "flux", call=call)
+    assert not encoders
+    # What needs no weights goes on with any prompt.
+    pipefit.predict(saved("flux"), [DROP], call=call, machine=MACHINE)
+
+
+def test_a_rehearsal_encodes_in_the_dtype_that_is_loaded() -> None:
+    """HunyuanDiT gives encode_prompt the dtype of its denoiser."""
+    pipe, info = build_pipeline("hunyuan-dit", dtype="float32")
+    call = default_inputs(pipe, info.entry, {"prompt": "a cat", "num_inference_steps": 2})
+    cast = [
+        Option(strategy="precision", component=name, parameters={"dtype": "bfloat16"})
+        for name in module_components(pipe)
+    ]
+    drop = Option(strategy="prompt_first", parameters={"drop": True})
+    placed = [Option(strategy="resident", component=name) for name in module_components(pipe)]
+    gpu = reference_machine(["a100-80gb"]).gpus[0]
+    found = rehearse(pipe, [drop, *cast, *placed], call, gpu)
+    assert [phase.name for phase in found.phases][-1] == "decode"
+
+
+def bria() -> Any:
+    """BRIA casts embeddings in encode_prompt to the dtype of the denoiser, asked or not."""
+    parts = flux().components
+    return diffusers.BriaPipeline(
+        transformer=diffusers.BriaTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=[4, 4, 8],
+        ),
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder_2"],
+        tokenizer=parts["tokenizer_2"],
+    )
+
+
+def test_embeddings_are_in_the_dtype_that_the_denoiser_is_loaded_in(tmp_path: Path) -> None:
+    bria().save_pretrained(tmp_path)
+    edit_index(tmp_path)
+    chosen = ["resident", "precision:dtype=bfloat16@transformer"]
+    pipe = loaded(tmp_path, "flux", *chosen, quality="high")
+    assert pipe.transformer.dtype == torch.bfloat16
+    latents = picture(pipe, "flux", output_type="latent")
+    assert latents.dtype == torch.bfloat16
+    whole = loaded(tmp_path, "flux", quality="high", with_=chosen)
+    assert torch.equal(picture(whole, "flux", output_type="latent"), latents)
+    call = {**small_call("flux"), "output_type": "latent"}
+    rehearse(build_pipeline(tmp_path)[0], pipe.pipefit.plan.options, call, MACHINE.gpus[0])
 
 
 def test_calls_whose_prompt_cannot_be_encoded_beforehand_are_refused() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipefit.strategies.sharded_checkpoint import (
     is_read_whole,
     rewrite,
     weight_files,
+    with_shards,
 )
 from pipefit.strategies.strategy import Option, Quality
 
@@ -126,9 +128,40 @@ def test_what_cannot_be_rewritten_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_pointer_in_place_of_weights_is_no_checkpoint(tmp_path: Path) -> None:
-    pointer = tmp_path / "diffusion_pytorch_model.safetensors"
-    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+def test_a_pipeline_that_cannot_be_rewritten_leaves_no_folder_of_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline" / "unet").mkdir(parents=True)
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.bin"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, file)
+    (tmp_path / "links").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "links"))
+    with pytest.raises(pipefit.InvalidRequest, match="more than tensors"):
+        with_shards(tmp_path / "pipeline", ["unet"], 10, tmp_path / "cache")
+    assert list((tmp_path / "links").iterdir()) == []
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("diffusion_pytorch_model.safetensors", POINTER),
+        ("pytorch_model.bin", POINTER),
+        ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", [torch.ones(2)]),
+        ("model.safetensors", (5).to_bytes(8, "little") + b"[1,2]"),
+        ("model.safetensors", (7).to_bytes(8, "little") + b'{"a":1}'),
+        ("model.safetensors.index.json", b"[1]"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}'),
+    ],
+)
+def test_what_holds_no_tensors_by_name_is_no_checkpoint(
+    tmp_path: Path, name: str, content: Any
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     assert describe_files(tmp_path) is None
 
 
@@ -151,7 +184,9 @@ def test_a_pipeline_of_old_pickles_is_loaded_from_shards(
     assert len(written) > len(module_components(pipe))
     stored_bytes = sum(file.stat().st_size for file in old.rglob("*.bin"))
     assert pipe.pipefit.plan.prediction.disk_bytes == stored_bytes
-    assert any("stay in pipefit's cache" in a for a in pipe.pipefit.plan.prediction.assumptions)
+    [note] = [a for a in pipe.pipefit.plan.prediction.assumptions if "in shards" in a]
+    assert f"stay in {tmp_path / 'checkpoints'} " in note
+    assert "unless an earlier load did it" in note
     # Undoing takes nothing away: the weights are mapped from there.
     pipe.pipefit.undo()
     assert all(file.is_file() for file in written)
@@ -216,6 +251,40 @@ def test_it_is_chosen_where_the_ram_budget_asks_for_it_and_nowhere_else(old: Pat
     assert chosen(4e9) == set()  # it would not help
     assert chosen(5.5e9, is_read_whole=False) == set()  # they are mapped
     assert chosen(5.5e9, file_bytes=[6 * 10**9]) == set()  # rewriting takes as much
+
+
+def test_without_a_ram_budget_it_is_chosen_where_what_is_available_asks_for_it(
+    old: Path, tmp_path: Path
+) -> None:
+    """Several old pickles, so that rewriting one takes less than reading all."""
+    folder = shutil.copytree(old, tmp_path / NAME)
+    [file], stem, _ = weight_files(folder / "unet")
+    tensors = list(torch.load(file).items())
+    files = {f"{n}.bin": dict(tensors[2 * n :: 4] + tensors[2 * n + 1 :: 4]) for n in range(2)}
+    for name, part in files.items():
+        torch.save(part, file.with_name(name), _use_new_zipfile_serialization=False)
+    placed = {key: name for name, part in files.items() for key in part}
+    file.with_name(f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+    file.unlink()
+    stored = [one.stat().st_size for one in folder.rglob("*.bin")]
+    machine = reference_machine(["rtx-4060"])
+
+    def chosen(available_bytes: int) -> bool:
+        host = replace(machine.host, available_bytes=available_bytes)
+        made = pipefit.plan(
+            folder,
+            "4GB",
+            call=small_call(NAME),
+            machine=replace(machine, host=host),
+            dtype="float32",
+            quality="exact",
+            rehearse=False,
+        )
+        return any(option.strategy == "sharded_checkpoint" for option in made.options)
+
+    assert chosen(int(0.9 * sum(stored)))
+    assert not chosen(2 * sum(stored))  # there is room
+    assert not chosen(max(stored))  # rewriting takes a file and a shard
 
 
 @pytest.mark.parametrize(
