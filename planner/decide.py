@@ -71,9 +71,10 @@ class Configuration:
             (main if p.device is None else p.device, p.component, p.entry): p.process_bytes
             for p in self.rehearsed.phases
         }
+        slack = {d: 0 if self.rehearsed.takes_slack else self.slack_on(d) for d in self.used}
         return tuple(
-            max(bytes_, held.get((device, phase.component, phase.entry), 0) + self.slack_on(device))
-            for (device, phase), bytes_ in zip(self.pricing.columns, replayed, strict=True)
+            max(bytes_, held.get((d, phase.component, phase.entry), 0) + slack.get(d, 0))
+            for (d, phase), bytes_ in zip(self.pricing.columns, replayed, strict=True)
         )
 
     @property

@@ -58,6 +58,8 @@ class Rehearsed:
     within_budget: bool
     """Whether every phase leaves the slack that the plan states, and the call goes through in a
     process that may take all of the budget."""
+    takes_slack: bool = field(default=False, metadata={serial.OMITTED: True})
+    """Whether these are the peaks of a process that may take all of the budget."""
 
     @property
     def peak(self) -> RehearsedPeak:

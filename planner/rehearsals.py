@@ -47,7 +47,8 @@ leaves of Z-Image-Turbo on an RTX 5090 reserve 9.55 GiB within three steps, 10.2
 QUICK_S = 5.0
 """Seconds that a rehearsal may take by :func:`estimated_s` where nobody asked for it.
 
-Our choice: what an interactive answer may take longer for being checked.
+Our choice: what an interactive answer may take longer for being checked. Where memory is given
+back, which an estimate does not know, a second rehearsal takes as long again.
 """
 
 SECONDS_PER_KERNEL = 110e-6
@@ -221,7 +222,7 @@ class Rehearser:
         if not rehearsed.within_budget or not rehearsal.num_alloc_retries:
             return rehearsed
         later = compact(held_to(budgets), budgets, gpus)
-        return rehearsed if later.within_budget else later
+        return rehearsed if later.within_budget else replace(later, takes_slack=True)
 
 
 def compact(found: Rehearsal, held_bytes: Mapping[int, int], gpus: Sequence[Gpu]) -> Rehearsed:

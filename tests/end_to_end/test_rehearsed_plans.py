@@ -118,19 +118,29 @@ def test_what_breaks_the_budget_in_its_rehearsal_is_not_chosen(
 def test_where_memory_was_given_back_the_budget_itself_is_rehearsed_as_well(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    plain = made("1GB", rehearse=False)
+    flushing, budget_bytes = flushing_bytes(plain.gpu, 10**9), 10**9
     bounds: list[int] = []
 
-    def retried(*asked: Any, budget_bytes: dict[int, int], **more: Any) -> Rehearsal:
-        bounds.append(budget_bytes[0])
+    def fragmented(*asked: Any, budget_bytes: dict[int, int], **more: Any) -> Rehearsal:
+        """As the first candidate would be that gives memory back, and has gaps if that is late."""
         found = rehearse(*asked, budget_bytes=budget_bytes, **more)
-        return replace(found, num_alloc_retries=found.num_alloc_retries + 1)
+        bounds.append(budget_bytes[0])
+        if len(bounds) == 2:
+            found.phases[-1].reserved_bytes = budget_bytes[0] + MIB
+        return replace(found, num_alloc_retries=1)
 
     monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("pipefit.planner.rehearse.rehearse", retried)
+    monkeypatch.setattr("pipefit.planner.rehearse.rehearse", fragmented)
     plan = made("1GB", rehearse=True)
+    assert bounds == [flushing, budget_bytes] * 2
     assert plan.rehearsal is not None
     assert plan.rehearsal.within_budget
-    assert bounds == [flushing_bytes(plan.gpu, 10**9), 10**9]
+    chosen = tuple(replace(option, reason="") for option in plain.options)
+    assert tuple(replace(option, reason="") for option in plan.options) != chosen
+    [refuted] = [a for a in plan.alternatives if "the rehearsal needs" in a.rejected_because]
+    assert refuted.options == chosen
+    assert refuted.process_bytes == budget_bytes + MIB
 
 
 @pytest.mark.slow
