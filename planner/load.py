@@ -21,6 +21,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from pipefit.cost_models.units import format_bytes
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner import api
 from pipefit.planner.build import DTYPES, build_pipeline, quietly
@@ -42,7 +43,7 @@ from pipefit.planner.workloads import Progress
 from pipefit.strategies import strategy, traits_of
 from pipefit.strategies.describe import describe_component
 from pipefit.strategies.live import module_components, wrap_method
-from pipefit.strategies.loader_config import loader_config
+from pipefit.strategies.loader_config import loader_config, read_gguf
 from pipefit.strategies.prompt_first import ENCODE_PROMPT, Remembered, drops
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes, with_shards
@@ -122,12 +123,14 @@ def load(
     with _in_shards(folder, chosen, at_load, progress) as source:
         if not calls:
             pipe = read({})
+            _check_files(pipe, bare, at_load)
             pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
             return pipe
         modules = module_components(bare)
         encoders = {name: modules.pop(name) for name in text_encoders(bare)}
         known = _encoded(read(modules), calls, made, at_load, device)
         pipe = read(encoders)
+        _check_files(pipe, bare, at_load)
     pipe.register_modules(**dict.fromkeys(encoders))
     kept = divided_options(made.options, encoders)[1]
     done = [option for option in made.options if option in at_load or option not in kept]
@@ -286,12 +289,16 @@ def _read(
     casts = {o.component: o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
     dtype = {**dtype, **casts}
     index = DiffusionPipeline.load_config(folder)
-    configs = {
-        name: loader_config(index[name][0], option.parameters, dtype[str(name)])
+    stored = {
+        str(option.component): option.parameters
         for option in at_load
-        if isinstance(strategy(option.strategy), Quantization)
-        and (name := option.component) not in stand_ins
+        if isinstance(strategy(option.strategy), Quantization) and option.component not in stand_ins
     }
+    configs = {
+        name: loader_config(index[name][0], parameters, dtype[name])
+        for name, parameters in stored.items()
+    }
+    files = [name for name, parameters in stored.items() if parameters["backend"] == "gguf"]
     if progress is not None:
         names = [name for name in dtype if name not in stand_ins]
         of = f"{', '.join(names)} of {folder.name}" if stand_ins else folder.name
@@ -299,15 +306,52 @@ def _read(
     asked: dict[str, Any] = {"dtype": {name: DTYPES[value] for name, value in dtype.items()}}
     if _has_only_fp16_files(folder):
         asked["variant"] = "fp16"
-    if configs:
-        asked["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=configs)
+    mapping = {name: config for name, config in configs.items() if name not in files}
+    if mapping:
+        asked["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
     # bitsandbytes packs on the current GPU.
     place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with place:
-            return DiffusionPipeline.from_pretrained(folder, **asked, **stand_ins)
+            read = {
+                name: read_gguf(folder, name, index[name][1], stored[name], dtype[name])
+                for name in files
+            }
+            return DiffusionPipeline.from_pretrained(folder, **asked, **stand_ins, **read)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(str(folder), error) from error
+
+
+def _check_files(
+    pipe: DiffusionPipeline, bare: DiffusionPipeline, at_load: Sequence[Option]
+) -> None:
+    """Hold files that say themselves how they store weights to what was planned.
+
+    *bare* is the same without weights, and becomes what was planned.
+
+    Raises:
+        InvalidRequest: one stores more.
+    """
+    named = [o for o in at_load if "file" in o.parameters]
+    if not named:
+        return
+    as_loaded(at_load, bare)
+    for option in named:
+        found, planned = (
+            sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+            for module in (getattr(one, str(option.component)) for one in (pipe, bare))
+        )
+        if found > planned * (1 + FILE_SHARE):
+            raise InvalidRequest(
+                f"{option.component} was planned in {format_bytes(planned)} of "
+                f"{option.parameters['type']}, but {option.parameters['file']} stores "
+                f"{format_bytes(found)}: give type= as the file was made."
+            )
+
+
+FILE_SHARE = 0.01
+"""Share of a component by which its file may store more than was planned: of some types the first
+layers are stored one step better (cost_models/storage.py). Our choice."""
 
 
 def _has_only_fp16_files(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tests.end_to_end.small_runs import untouched
+from tests.end_to_end.small_runs import save, untouched
 from tests.small_pipelines import flux, picture, small_call
 
 import pipefit
@@ -42,20 +41,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def folder(name: str) -> Path:
         target = tmp_path_factory.mktemp(name)
-        untouched(name)[0].save_pretrained(target)
-        edit_index(target)
+        save(untouched(name)[0], target)
         return target
 
     return folder
-
-
-def edit_index(folder: Path) -> None:
-    """T5's own class takes no vocabulary of whole words, which the small tokenizers have."""
-    index = json.loads((folder / "model_index.json").read_text())
-    for part, value in index.items():
-        if isinstance(value, list) and str(value[1]).startswith("T5Tokenizer"):
-            index[part] = ["transformers", "PreTrainedTokenizerFast"]
-    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def quiet(pipe: Any) -> Any:
@@ -278,8 +267,7 @@ def bria() -> Any:
 
 
 def test_embeddings_are_in_the_dtype_that_the_denoiser_is_loaded_in(tmp_path: Path) -> None:
-    bria().save_pretrained(tmp_path)
-    edit_index(tmp_path)
+    save(bria(), tmp_path)
     chosen = ["resident", "precision:dtype=bfloat16@transformer"]
     pipe = loaded(tmp_path, "flux", *chosen, quality="high")
     assert pipe.transformer.dtype == torch.bfloat16
