@@ -201,6 +201,7 @@ def _differs(before: list[Any], after: Iterator[Any]) -> bool:
 def _state(pipe: Any, name: str) -> Iterator[Any]:
     """Yield everything about a component, its pipeline and the process that could differ."""
     yield snapshot(SimpleNamespace(components={}))  # the process
+    yield type(pipe)
     yield _plain(vars(pipe))
     module = getattr(pipe, name)
     for path, part in module.named_modules():

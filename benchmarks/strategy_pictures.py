@@ -28,11 +28,12 @@ from pipefit.planner.build import quietly
 from pipefit.planner.rehearse import on_stage
 from pipefit.planner.trace import trace
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
-from pipefit.strategies.strategy import Imitated, Option, Quality
+from pipefit.strategies.strategy import Conditional, Imitated, Option, Quality
 
 NOT_ON_A_CPU: Mapping[str, str] = {
     "tf32": "it changes matrix products of NVIDIA GPUs alone",
     "cudnn_benchmark": "cuDNN runs on NVIDIA GPUs alone",
+    "sharded_checkpoint": "it is for files, and these pipelines are loaded",
     "compile": "it needs a C++ compiler and minutes; what inductor makes for a GPU is other code",
 }
 """Strategies whose pictures on a CPU say nothing -> why."""
@@ -108,7 +109,12 @@ def forms(name: str, component: Component, workload: Workload) -> list[Mapping[s
     tried = [*TO_EXERCISE.get(name, ()), *SMALL.get(name, ()), *offered]
     found: list[Mapping[str, Any]] = []
     for parameters in tried or [{}]:
-        if parameters not in found and one.refusal(component, parameters) is None:
+        is_unfit = (
+            one.kind in WHOLE  # what a component is not fit for depends on the GPU
+            and isinstance(one, Conditional)
+            and one.unfit(component, parameters, workload, ON_THE_CPU)
+        )
+        if parameters not in found and not is_unfit and one.refusal(component, parameters) is None:
             found.append(parameters)
     return found
 

@@ -4,30 +4,28 @@
     python -m benchmarks.streaming_budgets --write    # and writes docs/streaming.md
     python -m benchmarks.streaming_budgets flux.1-dev # of one pipeline
 
-Nothing is measured: every budget is planned for one catalogue GPU, and every plan is rehearsed,
-call and hooks as they are, on a virtual GPU. "Stock" is the fastest plan that keeps the same budget
-with one of diffusers' ways on every component that takes it, and everything else (tiling, slicing,
-what the others do) as good as pipefit finds it. About fifteen minutes on two cores.
+Nothing is measured: every budget is planned for one catalogue GPU, and every plan is verified, call
+and hooks as they are, on a virtual GPU whose process is held to the budget. "Stock" is the fastest
+plan that keeps the same budget with one of diffusers' ways on every component that takes it, and
+everything else (tiling, slicing, what the others do) as good as pipefit finds it. About fifteen
+minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipefit import plan
 from pipefit.cost_models.machine import Machine
-from pipefit.cost_models.memory import flushing_bytes
 from pipefit.cost_models.units import GIB
 from pipefit.errors import NoPlanFits
-from pipefit.planner.build import build_pipeline, quietly
-from pipefit.planner.call import default_inputs
+from pipefit.planner.api import verify
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.plan import Plan, Rehearsal
-from pipefit.planner.rehearse import rehearse
+from pipefit.planner.plan import Plan, Verification, call_seconds
 
 DOC = Path(__file__).parent.parent / "docs" / "streaming.md"
 BEGIN, END = "<!-- begin: benchmarks.streaming_budgets -->", "<!-- end -->"
@@ -78,18 +76,13 @@ class Row:
     plan: Plan | None
     stock: str
     stock_s: float | None
-    rehearsal: Rehearsal | None
+    verification: Verification | None
 
     @property
     def rehearsed_s(self) -> float:
         """The whole call: what was rehearsed, and for each further step the last one again."""
-        assert self.rehearsal is not None
-        assert self.plan is not None
-        calls = {(p.component, p.entry): p.calls for p in self.plan.prediction.phases}
-        return sum(
-            phase.seconds + (calls[phase.component, phase.entry] - phase.calls) * phase.last_call_s
-            for phase in self.rehearsal.phases
-        )
+        assert self.verification is not None
+        return sum(call_seconds(*phases) for phases in self.verification.phases)
 
     @property
     def off(self) -> float:
@@ -100,9 +93,9 @@ class Row:
     @property
     def rehearsed_bytes(self) -> int:
         """The process at its highest."""
-        assert self.rehearsal is not None
-        context_bytes = self.rehearsal.context_bytes
-        return max(phase.reserved_bytes for phase in self.rehearsal.phases) + context_bytes
+        assert self.verification is not None
+        (process_bytes,) = self.verification.process_bytes.values()
+        return process_bytes
 
     def problems(self, before: Row | None) -> list[str]:
         """Say what the row shows that it must not."""
@@ -110,7 +103,8 @@ class Row:
         if self.plan is None:
             return ["no plan where stock has one"] if self.stock_s is not None else []
         call_s = self.plan.prediction.latency.call_s
-        if self.rehearsed_bytes > self.budget_gb * 10**9:
+        assert self.verification is not None
+        if not self.verification.holds or self.rehearsed_bytes > self.budget_gb * 10**9:
             found.append("over budget")
         if self.stock_s is not None and call_s > self.stock_s:
             found.append(f"{call_s / self.stock_s - 1:.2%} slower than stock")
@@ -124,12 +118,8 @@ class Row:
 
 
 def rows(name: str, machine: Machine) -> Iterator[Row]:
-    """Plan and rehearse *name* at every budget."""
-    with quietly():
-        pipe, info = build_pipeline(name)
-        asked = CALLS.get(name, {})
-        call = default_inputs(pipe, info.entry, asked)
-    gpu = machine.gpus[0]
+    """Plan and verify *name* at every budget."""
+    asked = CALLS.get(name, {})
     for budget_gb in BUDGETS_GB:
         budget = f"{budget_gb}GB"
         stock, stock_s = "nothing fits", None
@@ -150,32 +140,15 @@ def rows(name: str, machine: Machine) -> Iterator[Row]:
             if stock_s is None or call_s < stock_s:
                 stock, stock_s = way, call_s
         try:
-            chosen = plan(name, budget, call=asked, machine=machine, rehearse=False)
+            chosen = plan(name, budget, call=asked, machine=machine)
         except NoPlanFits:
-            yield Row(
-                budget_gb=budget_gb,
-                plan=None,
-                stock=stock,
-                stock_s=stock_s,
-                rehearsal=None,
-            )
-            continue
-        options = [replace(option, reason="") for option in chosen.options]
-        with quietly():
-            rehearsal = rehearse(
-                pipe,
-                options,
-                call,
-                gpu,
-                budget_bytes=flushing_bytes(gpu, budget_gb * 10**9),
-                is_strict=False,
-            )
+            chosen = None
         yield Row(
             budget_gb=budget_gb,
             plan=chosen,
             stock=stock,
             stock_s=stock_s,
-            rehearsal=rehearsal,
+            verification=None if chosen is None else verify(chosen),
         )
 
 

@@ -285,6 +285,8 @@ class CachingAllocator:
         self.peak_reserved_bytes = 0
         self.grown_reserved_bytes = 0
         """The most that was reserved right after memory was taken; reset by whoever asks."""
+        self.num_alloc_retries = 0
+        """How often all cached memory was given back because the capacity was reached."""
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._deferred: deque[tuple[float, Block]] = deque()
         self._next_address = 0
@@ -386,6 +388,7 @@ class CachingAllocator:
         capacity_bytes = self.capacity_bytes
         if capacity_bytes is not None and self.reserved_bytes + segment_bytes > capacity_bytes:
             self.empty_cache()
+            self.num_alloc_retries += 1
             if self.is_strict and self.reserved_bytes + segment_bytes > capacity_bytes:
                 raise OutOfCapacity(needed)
         if self.expandable:

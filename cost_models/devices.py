@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from pipefit.cost_models.allocator import block_bytes
+from pipefit.cost_models.blocks import Block, Blocks, blocks_of, modules_above
 from pipefit.cost_models.machine import Gpu, Link
-from pipefit.cost_models.placement import Split
+from pipefit.cost_models.placement import Split, Streaming
 from pipefit.cost_models.residency import ByIdentity, children_of
 from pipefit.cost_models.timeline import Timeline
 from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates
-from pipefit.cost_models.workload import Component, Workload, returned_bytes
+from pipefit.cost_models.workload import Component, Event, Workload, returned_bytes
 
 NO_SPLIT_MODULES = "no_split_modules"
 """Trait: class names of the modules that must lie on one GPU; what is between may be divided."""
@@ -77,8 +78,76 @@ def _places(of: ByIdentity, split: Split) -> tuple[tuple[str, int], ...]:
     return (*found.items(), *places.items())
 
 
+def streamed_parts(component: Component, split: Split) -> Mapping[int, tuple[Blocks, Streaming]]:
+    """Return, for each GPU that streams some of its part of *component*, how that is cut.
+
+    As for one GPU, but that what lies on several is no block, and neither is what has a tensor that
+    is tied: accelerate goes by the addresses of those, and blocks take turns at an address.
+    """
+    return _streamed_parts(ByIdentity(component), split)
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _streamed_parts(of: ByIdentity, split: Split) -> Mapping[int, tuple[Blocks, Streaming]]:
+    if not split.resident_blocks:
+        return {}
+    component, places = of.component, dict(_places(of, split))
+    tied = {tensor.tied_to for tensor in component.tensors if tensor.tied_to is not None}
+    own: dict[int, list[Block]] = {}
+    for block in blocks_of(component, split.max_block_bytes).blocks:
+        if _is_within(block.path, places.keys()) and not tied & {t.path for t in block.tensors}:
+            own.setdefault(place_of(places, block.path), []).append(block)
+    return {
+        device: (
+            Blocks(blocks=tuple(own.get(device, ())), rest=(), buffers=()),
+            Streaming(resident_blocks=count, max_block_bytes=split.max_block_bytes),
+        )
+        for device, count in split.resident_blocks
+    }
+
+
+def split_host_bytes(component: Component, split: Split) -> int:
+    """Return what waits on the host, packed, because no GPU of *split* holds it."""
+    return sum(
+        cut.blocks[i].num_bytes
+        for cut, how in streamed_parts(component, split).values()
+        for i in cut.streamed(how.resident_blocks)
+    )
+
+
+def split_parts(
+    workload: Workload, component: Component, split: Split, routine: int
+) -> Iterator[tuple[int, int | None, Event]]:
+    """Cut one call of a split *component*: yield where each part computes, which of the streamed
+    blocks of that GPU it is (None: nothing is waited for), and its event."""
+    places = dict(_places(ByIdentity(component), split))
+    number = {
+        cut.blocks[i].path: i
+        for cut, how in streamed_parts(component, split).values()
+        for i in cut.streamed(how.resident_blocks)
+    }
+    above = {prefix for path in (*number, *places) for prefix in modules_above(path)}
+
+    def walk(index: int, path: str) -> Iterator[tuple[int, int | None, Event]]:
+        for event in workload.routines[index].events:
+            if event[0] == "k":
+                yield place_of(places, path), None, event
+            elif event[0] == "c":
+                below = ".".join(filter(None, (path, event[2])))
+                if event[2].startswith("/"):
+                    yield place_of(places, path), None, event
+                elif below in number and event[2]:
+                    yield place_of(places, below), number[below], event
+                elif below in above:
+                    yield from walk(event[1], below)
+                else:
+                    yield place_of(places, below), None, event
+
+    yield from walk(routine, "")
+
+
 def split_bytes(component: Component, split: Split, device: int) -> tuple[int, ...]:
-    """Return the bytes of the tensors of *component* that lie on *device*."""
+    """Return the bytes of what *component* keeps on *device*: its slots, if any, and tensors."""
     return _split_bytes(ByIdentity(component), split).get(device, ())
 
 
@@ -86,8 +155,13 @@ def split_bytes(component: Component, split: Split, device: int) -> tuple[int, .
 def _split_bytes(of: ByIdentity, split: Split) -> dict[int, tuple[int, ...]]:
     places = dict(_places(of, split))
     found: dict[int, list[int]] = {}
+    away: set[str] = set()
+    for device, (cut, how) in _streamed_parts(of, split).items():
+        found[device] = [cut.slot_bytes(how.resident_blocks)] * how.num_slots
+        streamed = (cut.blocks[i] for i in cut.streamed(how.resident_blocks))
+        away |= {tensor.path for block in streamed for tensor in block.tensors}
     for tensor in of.component.tensors:
-        if tensor.tied_to is None:
+        if tensor.tied_to is None and tensor.path not in away:
             found.setdefault(place_of(places, tensor.path), []).append(tensor.num_bytes)
     return {device: tuple(sizes) for device, sizes in found.items()}
 
@@ -121,7 +195,7 @@ def block_calls(
             yield from block_calls(workload, event[1], blocks, below)
 
 
-def _is_within(path: str, places: frozenset[str]) -> bool:
+def _is_within(path: str, places: Container[str]) -> bool:
     while path and path not in places:
         path = path.rpartition(".")[0]
     return bool(path)

@@ -25,6 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from pipefit.cost_models.devices import split_host_bytes
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
@@ -95,10 +96,33 @@ class HostPeak:
         return max(self.load_bytes, self.call_bytes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The files that a component is read from."""
+
+    file_bytes: tuple[int, ...]
+    is_read_whole: bool = False
+    """Not mapped: pickles that are no zip files, as torch before 1.6 wrote them."""
+    is_cast: bool = True
+    """While it is read, to another dtype than is stored."""
+
+    def gains_from(self, most_bytes: int, library: str) -> bool:
+        """Whether safetensors shards of *most_bytes* would take less RAM while they are read."""
+        is_large = max(self.file_bytes, default=0) > most_bytes
+        return self.is_read_whole or (self.is_cast and is_large and library == "diffusers")
+
+    def in_shards(self, most_bytes: int) -> Checkpoint:
+        """Return it as safetensors files of *most_bytes*."""
+        shards = (shard for file in self.file_bytes for shard in _cut(file, most_bytes))
+        return Checkpoint(file_bytes=tuple(shards), is_cast=self.is_cast)
+
+
 def host_bytes(component: Component, placement: Placement) -> HostBytes:
     """Return the RAM that the weights of *component* take while it is away from the GPU."""
-    if isinstance(placement, Resident | Split):
+    if isinstance(placement, Resident):
         return HostBytes()
+    if isinstance(placement, Split):
+        return HostBytes(pinned_bytes=split_host_bytes(component, placement))
     if isinstance(placement, Streaming):
         packed_bytes = streamed_bytes(component, placement).host
         return HostBytes(
@@ -135,25 +159,33 @@ def host_peak(
     called: Collection[str],
     *,
     stored_bytes: Mapping[str, int] | None = None,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
+    rewriting_bytes: int = 0,
     activation_bytes: int = 0,
 ) -> HostPeak:
     """Return the largest resident set while *components* are loaded, placed and called.
 
     *components* are in the pipeline's order; those without a placement stay where they were loaded.
     *called* names, in order, those that a call enters. *stored_bytes* is what lies on disk for
-    components that are cast while they are loaded, as float32 files to bfloat16. *activation_bytes*
-    is the most that a call takes which the CPU computes.
+    components that are cast while they are loaded, as float32 files to bfloat16; *checkpoints* what
+    is known of their files. *rewriting_bytes* is the most that rewriting files takes before any is
+    loaded. *activation_bytes* is the most that a call takes which the CPU computes.
     """
-    stored = stored_bytes or {}
+    read = {
+        c.name: Checkpoint(file_bytes=tuple(_files(c, stored_bytes[c.name])))
+        for c in components
+        if stored_bytes and c.name in stored_bytes
+    }
+    read |= checkpoints or {}
+    stored = {n for n, one in read.items() if one.is_cast or one.is_read_whole}
     held: dict[str, int] = {}
-    load_bytes = call_bytes = 0
+    load_bytes, call_bytes = rewriting_bytes, 0
 
     for component in components:
         others_bytes = sum(held.values())
-        is_cast = component.name in stored
-        held[component.name] = component.weight_bytes if is_cast else 0
-        if is_cast:
-            peak_bytes = _cast_peak_bytes(component, stored[component.name])
+        held[component.name] = component.weight_bytes if component.name in stored else 0
+        if component.name in stored:
+            peak_bytes = _reading_bytes(component, read[component.name])
             load_bytes = max(load_bytes, others_bytes + peak_bytes)
     for component in components:
         placement = placements.get(component.name)
@@ -168,7 +200,7 @@ def host_peak(
     staging: Counter[int] = Counter()
     for component in components:
         placement = placements.get(component.name)
-        if isinstance(placement, Streaming):
+        if isinstance(placement, Streaming | Split):
             pinned[component.name] = host_bytes(component, placement).pinned_bytes
         if isinstance(placement, GroupOffload):
             if placement.is_pinned_ahead:
@@ -228,6 +260,9 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
         # Each file's pages go with its last tensor.
         pages_bytes = max(_files(component, weight_bytes), default=0)
         kept_bytes = 0
+        if isinstance(placement, Split):
+            kept_bytes = host_bytes(component, placement).pinned_bytes
+            pages_bytes += kept_bytes
         if _is_on_disk(placement) and not is_mapped:
             # Placeholders of the same size come instead (ModuleGroup._offload_to_disk). Nobody
             # writes to them, but small ones are cut from the heap that the weights have left.
@@ -252,15 +287,34 @@ def _placed(component: Component, placement: Placement, *, is_mapped: bool) -> t
     return max(before_bytes, copied_bytes + source_bytes + rest_bytes), copied_bytes + rest_bytes
 
 
-def _cast_peak_bytes(component: Component, stored_bytes: int) -> int:
-    """Return the most that loading with a cast takes: copies so far, and the files behind them.
+def unmapped_bytes(components: Sequence[Component], checkpoints: Mapping[str, Checkpoint]) -> int:
+    """Return the most that loading takes and the kernel cannot take back, pages of files aside."""
+    peak_bytes = held_bytes = 0
+    for component in components:
+        checkpoint = checkpoints.get(component.name)
+        if checkpoint is None or not (checkpoint.is_cast or checkpoint.is_read_whole):
+            continue
+        reading_bytes = component.weight_bytes
+        if checkpoint.is_read_whole:
+            reading_bytes = _reading_bytes(component, checkpoint)
+        peak_bytes = max(peak_bytes, held_bytes + reading_bytes)
+        held_bytes += component.weight_bytes
+    return peak_bytes
+
+
+def _reading_bytes(component: Component, checkpoint: Checkpoint) -> int:
+    """Return the most that reading takes: copies so far, and the files behind them.
 
     diffusers opens one file after the other; transformers opens all and closes them at the end.
+    What is read whole and not cast is the copy itself.
     """
+    stored_bytes = sum(checkpoint.file_bytes)
+    if not checkpoint.is_cast:
+        return stored_bytes
     if component.library != "diffusers":
         return component.weight_bytes + stored_bytes
     peak_bytes = done_bytes = 0
-    for file_bytes in _files(component, stored_bytes):
+    for file_bytes in checkpoint.file_bytes:
         done_bytes += file_bytes
         copied_bytes = component.weight_bytes * done_bytes // stored_bytes
         peak_bytes = max(peak_bytes, copied_bytes + file_bytes)
@@ -269,7 +323,10 @@ def _cast_peak_bytes(component: Component, stored_bytes: int) -> int:
 
 def _files(component: Component, num_bytes: int) -> list[int]:
     """Return the sizes of the files that *num_bytes* of *component* are cut into when saved."""
-    largest_bytes = FILE_BYTES.get(component.library, OTHER_FILE_BYTES)
+    return _cut(num_bytes, FILE_BYTES.get(component.library, OTHER_FILE_BYTES))
+
+
+def _cut(num_bytes: int, largest_bytes: int) -> list[int]:
     whole, rest_bytes = divmod(num_bytes, largest_bytes)
     return [largest_bytes] * whole + ([rest_bytes] if rest_bytes else [])
 

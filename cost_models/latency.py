@@ -23,8 +23,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from pipefit.cost_models.blocks import Blocks
-from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, steps_of
-from pipefit.cost_models.devices import block_calls, place_of, places_of, travelled_bytes
+from pipefit.cost_models.clock import MAX_STEP_LAUNCHES, Issue, Run, Step, steps_of
+from pipefit.cost_models.devices import (
+    block_calls,
+    place_of,
+    places_of,
+    split_host_bytes,
+    split_parts,
+    streamed_parts,
+    travelled_bytes,
+)
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -37,7 +45,13 @@ from pipefit.cost_models.placement import (
     Streaming,
 )
 from pipefit.cost_models.residency import Group, Groups, offload_groups, sequential_groups
-from pipefit.cost_models.streaming import CallTimes, Window, cut_of, parts_of
+from pipefit.cost_models.streaming import (
+    CallTimes,
+    Window,
+    cut_of,
+    parts_of,
+    split_call_seconds,
+)
 from pipefit.cost_models.transfers import (
     COPY_LATENCY_S,
     FRESH_HOST_BYTES_PER_S,
@@ -871,17 +885,32 @@ class LatencyModel:
         """
         places = places_of(component, split)
         away = frozenset(path for path, index in places.items() if index in others)
+        streamed = streamed_parts(component, split)
+
+        def computing_s(routine: int, compute_factor: float, transfer_factor: float) -> float:
+            if streamed:
+                return split_call_seconds(
+                    self._split_steps(component, routine, split, others, attention, compute_factor),
+                    streamed,
+                    {
+                        index: link_rates(others.get(index, self).gpu).h2d_pinned_bytes_per_s
+                        / transfer_factor
+                        for index in streamed
+                    },
+                )
+            compute_s = self.call_seconds(routine, attention)
+            for path, block in block_calls(self.workload, routine, away):
+                elsewhere_s = others[place_of(places, path)].call_seconds(block, attention)
+                compute_s += elsewhere_s - self.call_seconds(block, attention)
+            return compute_s * compute_factor
 
         def total_s(compute_factor: float, transfer_factor: float) -> float:
             seconds = 0.0
             for routine, count in calls:
-                compute_s = self.call_seconds(routine, attention)
-                for path, block in block_calls(self.workload, routine, away):
-                    elsewhere_s = others[place_of(places, path)].call_seconds(block, attention)
-                    compute_s += elsewhere_s - self.call_seconds(block, attention)
                 moved = travelled_bytes(self.workload, component, split, routine)
                 copy_s = sum(between_s(*way, num_bytes) for way, num_bytes in moved.items())
-                seconds += count * (compute_s * compute_factor + copy_s * transfer_factor)
+                compute_s = computing_s(routine, compute_factor, transfer_factor)
+                seconds += count * (compute_s + copy_s * transfer_factor)
             return seconds
 
         call_s = total_s(1, 1)
@@ -890,9 +919,30 @@ class LatencyModel:
             first_call_s=call_s,
             low_s=total_s(1 / (1 + NINETIETH_PERCENTILE_ERROR), 1 / TRANSFER_SPREAD),
             high_s=total_s(1 / (1 - NINETIETH_PERCENTILE_ERROR), TRANSFER_SPREAD),
-            h2d_bytes=0,
+            h2d_bytes=split_host_bytes(component, split) * sum(count for _, count in calls),
             d2h_bytes=0,
         )
+
+    def _split_steps(
+        self,
+        component: Component,
+        routine: int,
+        split: Split,
+        others: Mapping[int, LatencyModel],
+        attention: Attention,
+        compute_factor: float,
+    ) -> list[tuple[int, int | None, Sequence[Step]]]:
+        """Return the parts of one call of a split component, each with its steps on its GPU."""
+        steps: dict[object, Sequence[Step]] = {}
+        parts = []
+        for device, block, event in split_parts(self.workload, component, split, routine):
+            on = others.get(device, self)
+            key = id(on), event[:2]
+            if key not in steps:
+                runs = on._runs(event, attention)
+                steps[key] = steps_of(runs, on._launch_s, gpu_factor=compute_factor)
+            parts.append((device, block, steps[key]))
+        return parts
 
     def _is_cold(self, call: int, placement: Streaming) -> bool:
         """Whether one of the pipeline's calls finds nothing of its component on the GPU."""

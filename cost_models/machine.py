@@ -9,6 +9,13 @@ from typing import Literal
 Provenance = Literal["measured", "driver", "catalogue", "assumed"]
 """Where a figure comes from: our own calibration, the driver, the GPU catalogue, or a default."""
 
+DISK_BYTES_PER_S = 1.0e9
+"""What a disk reads or writes where nobody measured it; only notes depend on it.
+
+Our choice, between what SATA carries (6 Gbit/s in 8b/10b: 0.6e9) and PCIe 3.0 on the four lanes
+of an SSD (8 GT/s a lane in 128b/130b: 3.9e9).
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
@@ -66,7 +73,7 @@ class Host:
     pinnable_bytes: int
     """How much may be page-locked."""
     num_cores: int = 1
-    disk_bytes_per_s: float = 1.0e9
+    disk_bytes_per_s: float = DISK_BYTES_PER_S
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
 
 

@@ -418,15 +418,33 @@ def simulate(
     context included; by default what other processes leave of the GPU. A phase whose
     ``promised_bytes`` are above it does not fit.
 
+    They give memory back before the process takes what slack is to leave free. The process itself
+    does so later, and then other gaps stay between what it keeps: what would fit into less must
+    fit into *budget_bytes* too.
+
     *main* is the index of the GPU on which the pipeline computes, where *choices* spread over
     several; the peaks are then those of *gpu* alone.
     """
     context = context_bytes(gpu)
     if budget_bytes is None:
         budget_bytes = gpu.total_bytes - gpu.other_bytes
-    capacity_bytes = flushing_bytes(gpu, budget_bytes) - context
-    run = Replay(workload, choices, gpu, capacity_bytes=capacity_bytes, main=main)
-    run.run()
+
+    def held_to(most_bytes: int) -> Replay:
+        run = Replay(workload, choices, gpu, capacity_bytes=most_bytes - context, main=main)
+        run.run()
+        return run
+
+    run = held_to(flushing_bytes(gpu, budget_bytes))
+    peaks = _phases(run, context)
+    keeps_slack = all(peak.promised_bytes <= budget_bytes for peak in peaks)
+    if not keeps_slack or not run.allocator.num_alloc_retries:
+        return peaks
+    later = _phases(held_to(budget_bytes), context)
+    keeps_budget = all(peak.process_bytes <= budget_bytes for peak in later)
+    return peaks if keeps_budget else later
+
+
+def _phases(run: Replay, context: int) -> tuple[PhaseMemory, ...]:
     return tuple(
         PhaseMemory(
             allocated_bytes=peak.allocated_bytes,

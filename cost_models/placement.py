@@ -87,9 +87,15 @@ class Split:
 
     blocks: tuple[tuple[int, int], ...] = ()
     """(index of a GPU, how many of the blocks lie there), in the order in which the blocks are
-    called; what is no block lies on the first. See ``cost_models/devices.py``."""
+    called; a GPU may come again; what is no block lies on the first. See
+    ``cost_models/devices.py``."""
     places: tuple[tuple[str, int], ...] = ()
     """Instead of ``blocks``: (path of a module or tensor, index of the GPU of all below it)."""
+    resident_blocks: tuple[tuple[int, int], ...] = ()
+    """(index of a GPU, how many of the blocks into which streaming cuts its part stay there); the
+    others wait on the host, page-locked, and take turns in slots of that GPU. Those that are not
+    named hold their part."""
+    max_block_bytes: int = MAX_BLOCK_BYTES
 
 
 Placement = Resident | ModelOffload | SequentialOffload | GroupOffload | OnHost | Streaming | Split

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -158,7 +158,9 @@ class Course:
         bytes_per_s: float,
         *,
         holds_host: bool,
+        issue: Issue | None = None,
     ) -> None:
+        """*issue* is what courses of the same call on other GPUs go on with, if there are any."""
         self._placement = placement
         self._streamed = set(cut.streamed(placement.resident_blocks))
         self._copy_s = [block.num_bytes / bytes_per_s for block in cut.blocks]
@@ -166,7 +168,9 @@ class Course:
         self._holds_host = holds_host
         self._order: list[int] = list(cut.called)
         self._twice = self._order * 2
-        self.issue = Issue()
+        self.issue = Issue() if issue is None else issue
+        self.copying_s = 0.0
+        """For how long the link has copied."""
         self._link_s = 0.0
         self._resting_s: float | None = None
         self._ready_s: dict[int, float] = {}
@@ -191,8 +195,7 @@ class Course:
 
     def call(self, windows: Sequence[Window], order: Sequence[int]) -> None:
         """Go through one call; *order* are the blocks of it, of which some may come again."""
-        self._order = list(order)
-        self._twice = self._order * 2
+        self.begin(order)
         issue, streamed = self.issue, self._streamed
         for block, steps, place in self._parts(windows):
             if block is None:
@@ -201,13 +204,23 @@ class Course:
                 issue.gpu_s = max(issue.gpu_s, self._kept_ready_s.get(block, 0.0))
                 issue.go(steps)
             else:
-                issue.host_s += BLOCK_HOOK_S
-                issue.gpu_s = max(issue.gpu_s, self._arrival(block))
-                issue.go(steps)
-                self._ready_s.pop(block, None)
-                self._give_up(issue.gpu_s)
-                self._fill_from(place, issue.host_s)
+                self.run(block, steps, place)
         self._is_loaded = True
+
+    def begin(self, order: Sequence[int]) -> None:
+        """Begin a call in which the blocks come in that *order*."""
+        self._order = list(order)
+        self._twice = self._order * 2
+
+    def run(self, block: int, steps: Sequence[Step], place: int) -> None:
+        """Go through a streamed block; *place* says which of the order come after it."""
+        issue = self.issue
+        issue.host_s += BLOCK_HOOK_S
+        issue.gpu_s = max(issue.gpu_s, self._arrival(block))
+        issue.go(steps)
+        self._ready_s.pop(block, None)
+        self._give_up(issue.gpu_s)
+        self._fill_from(place, issue.host_s)
 
     def _parts(self, windows: Sequence[Window]) -> list[tuple[int | None, Sequence[Step], int]]:
         """Return the block, the steps, and the blocks so far, of each part of a call.
@@ -278,6 +291,7 @@ class Course:
 
     def _copied(self, seconds: float, now_s: float, free_s: float) -> float:
         """Return when a copy has arrived that may begin at *now_s*, once its slot is free."""
+        self.copying_s += seconds
         if self._holds_host:
             # The driver stages ordinary memory and may wait for the stream first ("API
             # synchronization behavior" of the CUDA runtime), as it must for more than it can stage.
@@ -315,13 +329,56 @@ class CallTimes:
     def later_s(self) -> float:
         """The time of a later call; components that are called once a turn are not asked it."""
         for _ in range(NUM_PASSES - 1):
-            host_before_s = self._course.issue.host_s
+            host_before_s, copying_before_s = self._course.issue.host_s, self._course.copying_s
             found_s = self._goes_on()
-        # A host that a cold call left ahead falls behind again later, where it is the slower one.
-        return max(found_s, self._course.issue.host_s - host_before_s)
+        # A host that a cold call left ahead falls behind again later, where it is the slower one;
+        # so does a link that was ahead of it.
+        return max(
+            found_s,
+            self._course.issue.host_s - host_before_s,
+            self._course.copying_s - copying_before_s,
+        )
 
     def _goes_on(self) -> float:
         """Return the time of one more call."""
         self._course.call(self._windows, self._order)
         before_s, self._end_s = self._end_s, self._course.issue.done_s
         return self._end_s - before_s
+
+
+def split_call_seconds(
+    parts: Sequence[tuple[int, int | None, Sequence[Step]]],
+    streamed: Mapping[int, tuple[Blocks, Streaming]],
+    bytes_per_s: Mapping[int, float],
+) -> float:
+    """Return the time of a later call over several GPUs, some of which stream blocks of theirs.
+
+    One GPU computes at a time, but while it does, the links of all of them copy. *parts* are those
+    of one call in order: the GPU, which of its blocks in *streamed* it waits for, and the steps.
+    Copies between GPUs are left out.
+    """
+    issue = Issue()
+    courses = {
+        device: Course(cut, how, bytes_per_s[device], holds_host=False, issue=issue)
+        for device, (cut, how) in streamed.items()
+    }
+    orders: dict[int, list[int]] = {device: [] for device in courses}
+    for device, block, _ in parts:
+        if block is not None:
+            orders[device].append(block)
+    begin_s = host_before_s = 0.0
+    copying_before_s: dict[int, float] = {}
+    for _ in range(NUM_PASSES):
+        begin_s, host_before_s = issue.done_s, issue.host_s
+        copying_before_s = {device: course.copying_s for device, course in courses.items()}
+        places = dict.fromkeys(courses, 0)
+        for device, course in courses.items():
+            course.begin(orders[device])
+        for device, block, steps in parts:
+            if block is None:
+                issue.go(steps)
+            else:
+                places[device] += 1
+                courses[device].run(block, steps, places[device])
+    copying_s = (course.copying_s - copying_before_s[i] for i, course in courses.items())
+    return max(issue.done_s - begin_s, issue.host_s - host_before_s, *copying_s)

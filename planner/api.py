@@ -150,7 +150,7 @@ def plan(
     def pricings(at: Policy) -> list[Pricing | DevicePricing]:
         if device is not None:
             seen = seen_on(gpus[device], at)
-            switches = [process_options(s.workload, gpus[device], at) for s in seen]
+            switches = [process_options(s.workload, gpus[device], at, machine.host) for s in seen]
             return [
                 _priced(s, gpus[device], machine, on, shared)
                 for s, on in zip(seen, switches, strict=True)
@@ -221,7 +221,7 @@ def predict(
     required, main = stock(policy.required, seen.workload, machine)
     policy = replace(policy, required=required)
     check_required(seen.workload, policy, gpu)
-    switches = process_options(seen.workload, gpu, policy)
+    switches = process_options(seen.workload, gpu, policy, machine.host)
     pricing: Pricing | DevicePricing = _priced(seen, gpu, machine, switches)
     if any(option.strategy == "device_map" for option in policy.required):
         pricing = DevicePricing(
@@ -254,6 +254,8 @@ def _priced(
         held_bytes=seen.held_bytes,
         shared=shared,
         num_cores=machine.host.num_cores,
+        disk_bytes_per_s=machine.host.disk_bytes_per_s,
+        ram_bytes=machine.host.available_bytes,
         models=models,
     )
 

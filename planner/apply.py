@@ -23,6 +23,7 @@ from pipefit.strategies import BUILT_IN, conflict_of, strategy, traits_of
 from pipefit.strategies.describe import describe_component
 from pipefit.strategies.device_map import home_of
 from pipefit.strategies.live import device_restorer, hooks_of, module_components
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, ONLY_WHILE_LOADING, Remembered, drops
 from pipefit.strategies.strategy import Option, Strategy, Undo
 
 REMEDY_BY_HOOK: Mapping[str, str] = {
@@ -83,6 +84,12 @@ def check_pipeline(pipe: Any, *, stored: Collection[str | None] = ()) -> tuple[s
             f"A diffusers DiffusionPipeline was expected, but this is a {type(pipe).__name__}: "
             "build one with DiffusionPipeline.from_pretrained(...)."
         )
+    known = getattr(vars(pipe).get(ENCODE_PROMPT), "func", None)
+    if isinstance(known, Remembered) and known.is_all:
+        raise UnsupportedPipeline(
+            "The pipeline was loaded with prompt_first:drop=true and has no text encoders any more:"
+            " load it again for another plan."
+        )
     modules = module_components(pipe)
     if not modules:
         raise UnsupportedPipeline(
@@ -124,6 +131,8 @@ def apply_options(
     """
     device = torch.device(device)
     options = [option for option in options if option not in loaded]
+    if drops(options):
+        raise InvalidRequest(ONLY_WHILE_LOADING)
     check_pipeline(pipe, stored={option.component for option in loaded})
     _check_weights(pipe)
     _check_options(pipe, options)

@@ -34,6 +34,7 @@ from pipefit.errors import InvalidRequest, UnknownName, UnsupportedPipeline
 from pipefit.planner.catalog import pipeline_entry
 from pipefit.planner.standins import build_processor, is_processor
 from pipefit.planner.virtual import KNOWN_VALUE_LIMIT_ELEMENTS
+from pipefit.strategies.sharded_checkpoint import FILES_OF, describe_files
 
 META = torch.device("meta")
 
@@ -310,7 +311,10 @@ def _build_part(name: str, cls: type, part: _Part | None, dtype: str | None) -> 
     assert part is not None
     try:
         if dtype is not None:
-            return _build_model(cls, part.config, DTYPES[dtype])
+            model = _build_model(cls, part.config, DTYPES[dtype])
+            if part.folder is not None:
+                vars(model)[FILES_OF] = describe_files(part.folder)
+            return model
         if is_processor(cls):
             return build_processor(cls, part.config, part.folder)
         return cls.from_config(dict(part.config))

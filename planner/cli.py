@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -272,6 +273,25 @@ def catalog(as_json: AsJson = False, out: Out = None, debug: Debug = False) -> N
 
     known = catalog_json()
     _answer(known, catalogue_report(known), as_json=as_json, out=out)
+
+
+@app.command()
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove it, and show what is left.")
+    ] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Show what pipefit keeps on disk between runs: traces, and weights in shards."""
+    from pipefit.planner.report import cache_report
+    from pipefit.planner.trace_cache import cache_info, clear_cache
+
+    held = clear_cache() if clear else cache_info()
+    _answer(
+        {**asdict(held), "folder": str(held.folder)}, cache_report(held), as_json=as_json, out=out
+    )
 
 
 def read_machine(

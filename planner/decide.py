@@ -34,6 +34,7 @@ from pipefit.planner.search import (
     smallest_budget,
 )
 from pipefit.strategies import strategy
+from pipefit.strategies.prompt_first import drops
 from pipefit.strategies.strategy import Option, Quality
 
 MAX_REPLAYS = 12
@@ -70,9 +71,10 @@ class Configuration:
             (main if p.device is None else p.device, p.component, p.entry): p.process_bytes
             for p in self.rehearsed.phases
         }
+        slack = {d: 0 if self.rehearsed.takes_slack else self.slack_on(d) for d in self.used}
         return tuple(
-            max(bytes_, held.get((device, phase.component, phase.entry), 0) + self.slack_on(device))
-            for (device, phase), bytes_ in zip(self.pricing.columns, replayed, strict=True)
+            max(bytes_, held.get((d, phase.component, phase.entry), 0) + slack.get(d, 0))
+            for (d, phase), bytes_ in zip(self.pricing.columns, replayed, strict=True)
         )
 
     @property
@@ -579,6 +581,8 @@ def _reason(option: Option, best: Configuration) -> str:
     kind = strategy(option.strategy).kind
     if option.reason:
         return option.reason
+    if drops([option]):
+        return "Asked for; no text encoder takes memory or time in a call."
     if kind == "process":
         share = saved_share(best.pricing.workload, best.pricing.gpu, option)
         return (

@@ -16,17 +16,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.devices import between_seconds, blocks_of_split, places_of
-from pipefit.cost_models.host_memory import host_peak
+from pipefit.cost_models.devices import (
+    between_seconds,
+    blocks_of_split,
+    places_of,
+    streamed_parts,
+)
+from pipefit.cost_models.host_memory import host_bytes, host_peak
 from pipefit.cost_models.latency import Attention
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.memory import SLACK_SHARE, PhaseMemory, simulate
-from pipefit.cost_models.placement import ModelOffload, Placement, Resident, Split
+from pipefit.cost_models.placement import (
+    MAX_BLOCK_BYTES,
+    ModelOffload,
+    Placement,
+    Resident,
+    Split,
+)
 from pipefit.cost_models.prediction import Choice, Latency, Prediction
 from pipefit.cost_models.sharing import Models, figures, united
+from pipefit.cost_models.transfers import link_rates
 from pipefit.cost_models.units import MIB
 from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
 from pipefit.errors import InvalidRequest
+from pipefit.planner.checkpoints import checkpoints, rewriting_bytes, rewritten_bytes
 from pipefit.planner.options import (
     MIXED,
     Pick,
@@ -44,11 +57,16 @@ from pipefit.planner.trace_cache import without_garbage_collection
 from pipefit.planner.workloads import Observed
 from pipefit.strategies import conflict_of, strategy
 from pipefit.strategies.strategy import Conditional, Option
+from pipefit.strategies.streaming import immovable
 
 ROUNDING_BYTES = 64 * MIB
 """What a split leaves free on each GPU for segments of torch's allocator that are not full; our
 choice, three of its 20 MiB: without, the replay refutes the tightest split on one GPU or other."""
 
+
+OFFERED_ROUNDS = (1, 4, 12)
+"""In how many turns the GPUs of a split compute that streams; our choice: a slot or two are filled
+in a turn of the others, and each turn costs a copy of what travels."""
 
 FEW_GPUS = 4
 """Unlike GPUs that are all tried as the main one; our choice: each is priced in a second, and more
@@ -320,15 +338,19 @@ class DevicePricing:
         base = context_bytes(self.gpus[self.main])
         if any(max(c.phase_bytes[: len(self.workload.phases)]) + base <= largest for c in resident):
             return []
+        may_stream = "streaming" not in policy.forbidden and immovable(component) is None
         found: list[Candidate] = []
         for plain in resident:
             pick = plain.payload
             assert isinstance(pick, Pick)
             for split in dict.fromkeys(self._fillings(component, pick)):
+                if split.resident_blocks and not may_stream:
+                    continue
+                parameters = {"split": _written(split.blocks)}
+                if split.resident_blocks:
+                    parameters["resident_blocks"] = _written(split.resident_blocks)
                 option = Option(
-                    strategy="device_map",
-                    component=component.name,
-                    parameters={"split": "+".join(f"{i}:{n}" for i, n in split.blocks)},
+                    strategy="device_map", component=component.name, parameters=parameters
                 )
                 if conflict_of([*_compute_options(pick), option]) is None:
                     found.append(self._divided(component, plain, option, split))
@@ -341,9 +363,13 @@ class DevicePricing:
         pick = plain.payload
         assert isinstance(pick, Pick)
         choice = replace(pick.choice, placement=split)
+        pinned_bytes = host_bytes(component, split).pinned_bytes
         return replace(
             plain,
-            key=f"{next(iter(option.parameters.values()))}|{choice.variant}",
+            key=f"{'|'.join(map(str, option.parameters.values()))}|{choice.variant}",
+            host_bytes=plain.host_bytes + pinned_bytes,
+            pinned_bytes=pinned_bytes,
+            stock="" if split.resident_blocks else plain.stock,
             phase_bytes=self._phase_bytes(component, choice),
             call_s=sum(
                 self._split_seconds(phase, choice, pick.attention)[0]
@@ -386,9 +412,11 @@ class DevicePricing:
         for kept_on, room in itertools.product(range(len(others)), rooms):
             counts: list[tuple[int, int]] = []
             done = 0
+            room_bytes: dict[int, int] = {}
             for i, index in enumerate(others):
                 free = self.budgets.get(index, 0) - working_bytes[i]
                 free -= (room if i == kept_on else 0) + (rest_bytes + carried_bytes if not i else 0)
+                room_bytes[index] = free
                 count = 0
                 while done < len(blocks) and sizes[done] <= free:
                     free -= sizes[done]
@@ -398,6 +426,83 @@ class DevicePricing:
                     counts.append((index, count))
             if done == len(blocks) and len(counts) > 1:
                 yield Split(blocks=tuple(counts))
+            elif done < len(blocks):
+                yield from self._overflowing(component, sizes, room_bytes)
+
+    def _overflowing(
+        self, component: Component, sizes: Sequence[int], room_bytes: Mapping[int, int]
+    ) -> Iterator[Split]:
+        """Yield splits of blocks of these *sizes* of which the GPUs do not have room for all.
+
+        What is too much waits on the host: for the main GPU alone, which is the fastest, or for all
+        by what their links carry. Where GPUs take turns, a GPU's slots are filled while others
+        compute.
+        """
+        slots_bytes = 2 * min(max(sizes), MAX_BLOCK_BYTES)
+        rates = {i: link_rates(self.gpus[i]).h2d_pinned_bytes_per_s for i in room_bytes}
+        for streaming in ((self.main,), tuple(room_bytes)):
+            wanted = {
+                i: max(0, free - (slots_bytes if i in streaming else 0))
+                for i, free in room_bytes.items()
+            }
+            missing_bytes = sum(sizes) - sum(wanted.values())
+            left, owed_bytes = len(sizes), 0.0
+            counts: list[tuple[int, int]] = []
+            # From the last block on; the main GPU, the first, computes what is left.
+            for index in reversed(room_bytes):
+                most_bytes: float = wanted[index]
+                if index in streaming:
+                    share = rates[index] / sum(rates[i] for i in streaming)
+                    most_bytes += missing_bytes * share + owed_bytes
+                    owed_bytes = 0.0
+                if index == self.main:
+                    counts.append((index, left))
+                    break
+                count = 0
+                while count < left and sizes[left - 1 - count] <= most_bytes:
+                    most_bytes -= sizes[left - 1 - count]
+                    count += 1
+                owed_bytes += most_bytes
+                left -= count
+                if count:
+                    counts.append((index, count))
+            for num_rounds in OFFERED_ROUNDS if len(counts) > 1 else ():
+                split = Split(blocks=_in_turns(counts[::-1], num_rounds))
+                resident = self._staying(component, split, sizes, room_bytes)
+                if resident:
+                    yield replace(split, resident_blocks=resident)
+
+    def _staying(
+        self,
+        component: Component,
+        split: Split,
+        sizes: Sequence[int],
+        room_bytes: Mapping[int, int],
+    ) -> tuple[tuple[int, int], ...]:
+        """Return how many blocks can stay on each GPU that has not room for all of its part; none
+        where one has no room for the slots."""
+        own_bytes: dict[int, int] = {}
+        done = 0
+        for index, count in split.blocks:
+            own_bytes[index] = own_bytes.get(index, 0) + sum(sizes[done : done + count])
+            done += count
+        all_away = replace(split, resident_blocks=tuple((i, 0) for i in own_bytes))
+        found: list[tuple[int, int]] = []
+        for index, (cut, how) in streamed_parts(component, all_away).items():
+            missing_bytes = own_bytes[index] - room_bytes[index]
+            if missing_bytes <= 0:
+                continue
+            stay = len(cut.called) - 1
+            while stay >= 0:
+                streamed_bytes = sum(cut.blocks[i].weight_bytes for i in cut.streamed(stay))
+                slots_bytes = how.num_slots * cut.slot_bytes(stay)
+                if streamed_bytes - slots_bytes >= missing_bytes:
+                    break
+                stay -= 1
+            if stay < 0:
+                return ()
+            found.append((index, stay))
+        return tuple(found)
 
     def _can_compute(self, component: Component, pick: Pick, index: int) -> bool:
         """Whether a GPU can have the kernels that were *pick*ed for the main one."""
@@ -506,6 +611,8 @@ class DevicePricing:
             {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
             [phase.component for phase in self.workload.phases],
             stored_bytes=main.stored_bytes(),
+            checkpoints=checkpoints(self.workload, main.process_options),
+            rewriting_bytes=rewriting_bytes(self.workload, main.process_options),
             activation_bytes=main.host_activation_bytes(picks),
         )
         loading_bytes = self.memory.loading_bytes()
@@ -528,7 +635,7 @@ class DevicePricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes,
+            disk_bytes=host.disk_bytes + rewritten_bytes(self.workload, main.process_options),
             assumptions=(
                 *self.workload.assumptions,
                 *main.notes(picks, first_s - call_s),
@@ -593,7 +700,7 @@ def price_devices(
     for main in mains:
         kind = _kind(by_index[main])
         for number, one in enumerate(traced[kind]):
-            switches = process_options(one.workload, by_index[main], policy)
+            switches = process_options(one.workload, by_index[main], policy, machine.host)
             alike = kind, number, tuple(switch.strategy for switch in switches)
             found.append(
                 DevicePricing(
@@ -754,6 +861,27 @@ def _coarse(offered: Sequence[tuple[Option, Placement]]) -> list[tuple[Option, P
         return is_plain and level(option) in levels
 
     return [one for one in offered if is_wanted(one[0])]
+
+
+def _in_turns(counts: Sequence[tuple[int, int]], num_rounds: int) -> tuple[tuple[int, int], ...]:
+    """Return *counts* of blocks by GPU, dealt out in as many rounds as evenly as they can be.
+
+    >>> _in_turns([(0, 5), (1, 2)], 2)
+    ((0, 2), (1, 1), (0, 3), (1, 1))
+    """
+    found: list[tuple[int, int]] = []
+    for i in range(num_rounds):
+        for index, count in counts:
+            share = (i + 1) * count // num_rounds - i * count // num_rounds
+            if share and found and found[-1][0] == index:
+                found[-1] = index, found[-1][1] + share
+            elif share or not found:  # the main GPU comes first, be it with no block
+                found.append((index, share))
+    return tuple(found)
+
+
+def _written(counts: Sequence[tuple[int, int]]) -> str:
+    return "+".join(f"{index}:{count}" for index, count in counts)
 
 
 def _placement(candidate: Candidate) -> object:

@@ -8,7 +8,12 @@ larger weights nor a second copy of them is ever in memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+import gc
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,32 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from pipefit.cost_models.units import format_bytes
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner import api
 from pipefit.planner.build import DTYPES, build_pipeline, quietly
+from pipefit.planner.call import default_inputs
 from pipefit.planner.catalog import pipeline_entry
+from pipefit.planner.plan import Plan
 from pipefit.planner.policy import BudgetRequest
+from pipefit.planner.prompt import (
+    PromptCall,
+    alone,
+    as_loaded,
+    divided_options,
+    encoded,
+    prompt_calls,
+    text_encoders,
+)
+from pipefit.planner.trace_cache import checkpoints_folder
 from pipefit.planner.workloads import Progress
-from pipefit.strategies import strategy
-from pipefit.strategies.loader_config import loader_config
+from pipefit.strategies import strategy, traits_of
+from pipefit.strategies.describe import describe_component
+from pipefit.strategies.live import module_components, wrap_method
+from pipefit.strategies.loader_config import loader_config, read_gguf
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, Remembered, drops
 from pipefit.strategies.quantization import Quantization
+from pipefit.strategies.sharded_checkpoint import checkpoint_of, shard_bytes, with_shards
 from pipefit.strategies.strategy import Imitated, Option, Quality
 
 
@@ -56,7 +78,8 @@ def load(
 
     Returns:
         The pipeline. Its attribute ``pipefit`` is what :func:`pipefit.auto_optimize` returns: the
-        plan, and ``undo()``, which leaves what happened while it was loaded.
+        plan, and ``undo()``, which leaves what happened while it was loaded, the shards of
+        ``sharded_checkpoint`` in the cache included.
 
     Raises:
         InvalidRequest: the pipeline cannot be loaded, a package for quantised weights is missing,
@@ -67,7 +90,8 @@ def load(
     folder, recommended = folder_of(name_or_folder)
     with quietly():
         # Dtypes of all components, so that what is planned for is what is loaded.
-        chosen = dict(build_pipeline(folder, dtype=_dtypes(recommended, dtype))[1].dtype)
+        bare, info = build_pipeline(folder, dtype=_dtypes(recommended, dtype))
+        chosen = dict(info.dtype)
     machine, budget = api.machine_and_budget(device, vram_budget)
     made = api.plan(
         folder,
@@ -85,9 +109,73 @@ def load(
     )
     at_load = [option for option in made.options if _is_at_load(option)]
     _check_packages(at_load)
-    pipe = _read(folder, chosen, at_load, torch.device(api.torch_device(made.gpu)), progress)
-    pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
+    device = torch.device(api.torch_device(made.gpu))
+    calls: list[PromptCall] = []
+    if drops(made.options):
+        with quietly():
+            inputs = default_inputs(bare, info.entry, call)
+            _check_prompt(inputs, call or {})
+            calls = prompt_calls(bare, inputs, prepare=functools.partial(as_loaded, at_load))
+
+    def read(stand_ins: Mapping[str, Any]) -> DiffusionPipeline:
+        return _read(source, chosen, at_load, device, progress, stand_ins)
+
+    with _in_shards(folder, chosen, at_load, progress) as source:
+        if not calls:
+            pipe = read({})
+            _check_files(pipe, bare, at_load)
+            pipe.pipefit = api.put_in_force(pipe, made, loaded=at_load)
+            return pipe
+        modules = module_components(bare)
+        encoders = {name: modules.pop(name) for name in text_encoders(bare)}
+        known = _encoded(read(modules), calls, made, at_load, device)
+        pipe = read(encoders)
+        _check_files(pipe, bare, at_load)
+    pipe.register_modules(**dict.fromkeys(encoders))
+    kept = divided_options(made.options, encoders)[1]
+    done = [option for option in made.options if option in at_load or option not in kept]
+    pipe.pipefit = api.put_in_force(pipe, made, loaded=done)
+    wrap_method(pipe, ENCODE_PROMPT, known)
     return pipe
+
+
+def _check_prompt(inputs: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Refuse to encode a text that completed *call* to *inputs*: it is not what will be called.
+
+    Raises:
+        InvalidRequest: naming the argument.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, str) and value and name not in call:
+            raise InvalidRequest(
+                f"prompt_first:drop=true encodes the {name} while loading and then drops the text "
+                f'encoders, but the call names no {name}: load with call={{"{name}": ...}} as the '
+                "pipeline will be called, or leave drop=true out."
+            )
+
+
+def _encoded(
+    pipe: DiffusionPipeline,
+    calls: Sequence[PromptCall],
+    made: Plan,
+    at_load: Sequence[Option],
+    device: torch.device,
+) -> Remembered:
+    """Return what the text encoders of *pipe* make of *calls*, placed as the plan *made* has it.
+
+    All else in *pipe* has no weights. Once this returns nothing refers to the text encoders.
+    """
+    view = alone(pipe, {name: getattr(pipe, name) for name in text_encoders(pipe)})
+    options = divided_options(made.options, text_encoders(pipe))[0]
+    del pipe
+    try:
+        with api.put_in_force(view, replace(made, options=tuple(options)), loaded=at_load):
+            return encoded(view, calls, device)
+    finally:
+        del view
+        gc.collect()  # hooks and modules refer to each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def folder_of(name_or_folder: str | Path) -> tuple[Path, Mapping[str, str]]:
@@ -133,7 +221,8 @@ def _name_of(dtype: Any) -> Any:
 def _is_at_load(option: Option) -> bool:
     """Whether nothing but reading the weights can do it, or does it better."""
     one = strategy(option.strategy)
-    return one.name == "precision" or isinstance(one, Quantization)
+    at_load = ("precision", "sharded_checkpoint")
+    return one.name in at_load or isinstance(one, Quantization)
 
 
 def _check_packages(at_load: Sequence[Option]) -> None:
@@ -147,36 +236,122 @@ def _check_packages(at_load: Sequence[Option]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _in_shards(
+    folder: Path,
+    dtype: Mapping[str, str],
+    at_load: Sequence[Option],
+    progress: Progress | None,
+) -> Iterator[Path]:
+    """Rewrite what ``sharded_checkpoint`` is for; give the folder to read from meanwhile."""
+    asked = next((o for o in at_load if o.strategy == "sharded_checkpoint"), None)
+    if asked is None:
+        yield folder
+        return
+    most_bytes = shard_bytes(asked.parameters)
+    casts = {str(o.component): o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
+    stored = {o.component for o in at_load if isinstance(strategy(o.strategy), Quantization)}
+    with quietly():
+        pipe, _ = build_pipeline(folder, dtype={**dtype, **casts})
+    names = [
+        name
+        for name, module in module_components(pipe).items()
+        if name not in stored
+        and (about := describe_component(name, module, traits_of(module)))
+        and (found := checkpoint_of(about))
+        and found.gains_from(most_bytes, about.library)
+    ]
+    if progress is not None and names:
+        progress(f"rewriting {' and '.join(names)} in shards unless an earlier load did …")
+    try:
+        linked = with_shards(folder, names, most_bytes, checkpoints_folder())
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InvalidRequest(
+            f"{' and '.join(names)} could not be rewritten in shards ({error}): make room on the "
+            "disk, name a folder by PIPEFIT_CACHE, or leave sharded_checkpoint out."
+        ) from error
+    try:
+        yield linked
+    finally:
+        shutil.rmtree(linked)  # links alone: what is mapped stays in the cache
+
+
 def _read(
     folder: Path,
     dtype: Mapping[str, str],
     at_load: Sequence[Option],
     device: torch.device,
     progress: Progress | None,
+    stand_ins: Mapping[str, Any],
 ) -> DiffusionPipeline:
-    """Read the weights in *dtype*, as far as *at_load* says nothing else."""
+    """Read the weights in *dtype*, as far as *at_load* says nothing else, but those of *stand_ins*,
+    which come in the place of components."""
     casts = {o.component: o.parameters["dtype"] for o in at_load if o.strategy == "precision"}
     dtype = {**dtype, **casts}
     index = DiffusionPipeline.load_config(folder)
-    configs = {
-        name: loader_config(index[name][0], option.parameters, dtype[str(name)])
+    stored = {
+        str(option.component): option.parameters
         for option in at_load
-        if option.strategy != "precision" and (name := option.component)
+        if isinstance(strategy(option.strategy), Quantization) and option.component not in stand_ins
     }
+    configs = {
+        name: loader_config(index[name][0], parameters, dtype[name])
+        for name, parameters in stored.items()
+    }
+    files = [name for name, parameters in stored.items() if parameters["backend"] == "gguf"]
     if progress is not None:
-        progress(f"reading the weights of {folder.name} …")
+        names = [name for name in dtype if name not in stand_ins]
+        of = f"{', '.join(names)} of {folder.name}" if stand_ins else folder.name
+        progress(f"reading the weights of {of} …")
     asked: dict[str, Any] = {"dtype": {name: DTYPES[value] for name, value in dtype.items()}}
     if _has_only_fp16_files(folder):
         asked["variant"] = "fp16"
-    if configs:
-        asked["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=configs)
+    mapping = {name: config for name, config in configs.items() if name not in files}
+    if mapping:
+        asked["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
     # bitsandbytes packs on the current GPU.
     place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with place:
-            return DiffusionPipeline.from_pretrained(folder, **asked)
+            read = {
+                name: read_gguf(folder, name, index[name][1], stored[name], dtype[name])
+                for name in files
+            }
+            return DiffusionPipeline.from_pretrained(folder, **asked, **stand_ins, **read)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(str(folder), error) from error
+
+
+def _check_files(
+    pipe: DiffusionPipeline, bare: DiffusionPipeline, at_load: Sequence[Option]
+) -> None:
+    """Hold files that say themselves how they store weights to what was planned.
+
+    *bare* is the same without weights, and becomes what was planned.
+
+    Raises:
+        InvalidRequest: one stores more.
+    """
+    named = [o for o in at_load if "file" in o.parameters]
+    if not named:
+        return
+    as_loaded(at_load, bare)
+    for option in named:
+        found, planned = (
+            sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+            for module in (getattr(one, str(option.component)) for one in (pipe, bare))
+        )
+        if found > planned * (1 + FILE_SHARE):
+            raise InvalidRequest(
+                f"{option.component} was planned in {format_bytes(planned)} of "
+                f"{option.parameters['type']}, but {option.parameters['file']} stores "
+                f"{format_bytes(found)}: give type= as the file was made."
+            )
+
+
+FILE_SHARE = 0.01
+"""Share of a component by which its file may store more than was planned: of some types the first
+layers are stored one step better (cost_models/storage.py). Our choice."""
 
 
 def _has_only_fp16_files(folder: Path) -> bool:

@@ -8,14 +8,15 @@ problem of its own; everything else is one problem in which components choose in
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.host_memory import HostPeak, host_bytes, host_peak
+from pipefit.cost_models.host_memory import PROCESS_BYTES, HostPeak, host_bytes, host_peak
 from pipefit.cost_models.latency import DEFAULT_FLAGS, Attention, Flags, LatencyModel
-from pipefit.cost_models.machine import Gpu
+from pipefit.cost_models.machine import DISK_BYTES_PER_S, Gpu, Host
 from pipefit.cost_models.memory import PhaseMemory, simulate
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -43,13 +44,21 @@ from pipefit.cost_models.workload import (
     variant_key,
 )
 from pipefit.errors import InvalidRequest, UnknownName
+from pipefit.planner.checkpoints import (
+    checkpoints,
+    rewriting_bytes,
+    rewriting_notes,
+    rewritten_bytes,
+    shards_option,
+)
 from pipefit.planner.policy import Policy
 from pipefit.planner.search import TIME_TOLERANCE_PERCENT, Budget, Candidate, Problem, Selection
 from pipefit.strategies import BUILT_IN, conflict_of, strategy
 from pipefit.strategies import quality_of as option_quality
 from pipefit.strategies.cudnn_benchmark import TRIALS_NOTE
 from pipefit.strategies.live import CAPTURING_MODES
-from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, PROMPT_NOTE, drops
+from pipefit.strategies.sharded_checkpoint import ShardedCheckpoint
 from pipefit.strategies.strategy import Conditional, Consented, Option, Quality, Strategy
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -254,22 +263,37 @@ def _offered(parts: Parts, policy: Policy) -> Parts:
     return {name: parameters for name, parameters in parts.items() if name not in required}
 
 
-def process_options(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[Option, ...]:
+def process_options(
+    workload: Workload, gpu: Gpu, policy: Policy, host: Host | None = None
+) -> tuple[Option, ...]:
     """Return the switches of the process: those asked for, and those that are worth it.
 
     They change the time of every candidate and the memory of none, so they are no axis of the
     search: each is taken, for all candidates or for none, where the time that it saves the
-    untouched pipeline is no tie.
+    untouched pipeline is no tie. Shards of a checkpoint are for RAM: where a budget of it asks, or
+    what *host* has available.
     """
     found = []
     for one in _allowed("process", policy):
-        option = Option(strategy=one.name)
-        if _is_required(policy, one) or (
+        if isinstance(one, ShardedCheckpoint):
+            shards = shards_option(workload, policy, host)
+            found += [shards] if shards is not None else []
+            continue
+        asked = [option for option in policy.required if option.strategy == one.name]
+        option = asked[0] if asked else Option(strategy=one.name)
+        if asked or (
             any(one.options(c, workload, gpu) for c in workload.components)
             and 100 * saved_share(workload, gpu, option) > TIME_TOLERANCE_PERCENT
         ):
             found.append(option)
     return tuple(found)
+
+
+def dropped_components(workload: Workload, options: Sequence[Option]) -> frozenset[str]:
+    """Return the text encoders, if *options* drop them once they have encoded the prompt."""
+    if not drops(options):
+        return frozenset()
+    return frozenset(c.name for c in workload.components if c.traits.get("reads_tokens"))
 
 
 def flags_of(options: Sequence[Option]) -> Flags:
@@ -302,8 +326,11 @@ class Pricing:
         held_bytes: Mapping[str, int] | None = None,
         shared: Shared | None = None,
         num_cores: int = 1,
+        disk_bytes_per_s: float = DISK_BYTES_PER_S,
+        ram_bytes: int | None = None,
         models: Models | None = None,
     ) -> None:
+        self._disk_bytes_per_s = disk_bytes_per_s
         self.workload = workload
         self.gpu = gpu
         self.load_options = tuple(load_options)
@@ -312,6 +339,9 @@ class Pricing:
         """Switches of the process under which everything is priced."""
         self.fixed_options = (*self.process_options, *self.load_options)
         """What every candidate has."""
+        self._ram_bytes = ram_bytes
+        """What is available for text encoders that are dropped, which no sum counts; None: as much
+        as they take."""
         self._held_bytes = held_bytes or {}
         self._shared = {} if shared is None else shared
         self._models = models
@@ -320,6 +350,8 @@ class Pricing:
         self.memory = models.memory(workload, gpu)
         self.latency = models.latency(workload, gpu, flags, num_cores=num_cores)
         self._remembers_prompt = any(o.strategy == "prompt_first" for o in self.process_options)
+        self._dropped = dropped_components(workload, self.process_options)
+        self._is_beforehand = tuple(p.component in self._dropped for p in workload.phases)
         self.columns = tuple((gpu.index, phase) for phase in workload.phases)
         """(index of the GPU, phase) of every peak."""
         self._root_calls = [event for event in workload.root if event[0] == "c"]
@@ -341,6 +373,7 @@ class Pricing:
                 c.name: self.candidates(c, self.offered(c, policy), policy)
                 for c in self.workload.components
             }
+            groups = self._encodable(groups, policy)
             if all(groups.values()):
                 found.append(self._problem(MIXED, groups))
         if not any(_is_required(policy, one) for one in per_component):
@@ -352,16 +385,46 @@ class Pricing:
                 option = Option(strategy=one.name)
                 placement = one.placement({})
                 assert placement is not None
-                found.append(
-                    self._problem(
-                        one.name,
-                        {
-                            c.name: self.candidates(c, [(option, placement)], policy)
-                            for c in self.workload.components
-                        },
-                    )
-                )
+                groups = {
+                    c.name: self.candidates(c, [(option, placement)], policy)
+                    for c in self.workload.components
+                }
+                if not self._dropped or all(self._encodable(groups, policy).values()):
+                    found.append(self._problem(one.name, groups))
         return found
+
+    def _encodable(
+        self, groups: Mapping[str, list[Candidate]], policy: Policy
+    ) -> dict[str, list[Candidate]]:
+        """Return *groups* without what of text encoders that are dropped the host cannot hold.
+
+        They count in no sum with the rest, and any of those returned can be had together.
+        """
+        found = dict(groups)
+        room_bytes = math.inf if self._ram_bytes is None else self._ram_bytes
+        if policy.ram_bytes is not None:
+            room_bytes = min(room_bytes, policy.ram_bytes - PROCESS_BYTES)
+        needed = {
+            name: [self._encoding_ram_bytes(name, c.payload) for c in groups[name]]
+            for name in self._dropped
+        }
+        for name in sorted(needed, key=lambda name: -max(needed[name], default=0)):
+            mine = needed.pop(name)
+            most_bytes = room_bytes - sum(min(others, default=0) for others in needed.values())
+            pairs = zip(groups[name], mine, strict=True)
+            found[name] = [c for c, num_bytes in pairs if num_bytes <= most_bytes]
+            room_bytes -= max((n for n in mine if n <= most_bytes), default=0)
+        return found
+
+    def _encoding_ram_bytes(self, name: str, pick: Pick | None) -> int:
+        """Return what a text encoder takes of the host's memory, once back from its placement."""
+        component = self.workload.component(name)
+        if pick is None:
+            return component.weight_bytes
+        host = host_bytes(component, pick.choice.placement)
+        return self._host_activation_bytes(name, pick.choice.placement) + max(
+            component.weight_bytes, host.pageable_bytes + host.pinned_bytes
+        )
 
     def _problem(self, name: str, groups: Mapping[str, list[Candidate]]) -> Problem:
         context = context_bytes(self.gpu)
@@ -428,11 +491,17 @@ class Pricing:
             ]
         found = []
         for one, parameters in offered:
+            if self._dropped and self._is_apart(component.name, parameters.get("load_with")):
+                parameters = {k: v for k, v in parameters.items() if k != "load_with"}
             placement = one.placement(parameters)
             assert placement is not None
             option = Option(strategy=one.name, component=component.name, parameters=parameters)
             found.append((option, placement))
         return found
+
+    def _is_apart(self, component: str, other: str | None) -> bool:
+        """Whether one of the two is dropped before the other is loaded."""
+        return other is not None and (component in self._dropped) != (other in self._dropped)
 
     def candidates(
         self,
@@ -458,7 +527,7 @@ class Pricing:
             [(o.strategy, o.parameters) for o in loaded],
             [(option.strategy, option.parameters) for option, _ in placements],
             computing(policy),
-            [o.strategy for o in self.process_options],
+            [(o.strategy, o.parameters) for o in self.process_options],
             is_away,
         )
         key: object = repr((*parts_of, casts))  # a cast changes what others are given
@@ -490,7 +559,7 @@ class Pricing:
             key="unused",
             phase_bytes=(0,) * len(self.workload.phases),
             call_s=0.0,
-            host_bytes=component.weight_bytes,
+            host_bytes=0 if component.name in self._dropped else component.weight_bytes,
             payload=None,
         )
 
@@ -512,15 +581,24 @@ class Pricing:
             option,
         )
         counted = [o for o in options if o.strategy != "resident"]
+        is_dropped = component.name in self._dropped
+        phase_bytes = () if is_away else self.memory.phase_bytes(component, choice)
+        if self._dropped and not is_away:  # text encoders and the rest are never there together
+            phase_bytes = tuple(
+                n if is_beforehand == is_dropped else 0
+                for n, is_beforehand in zip(phase_bytes, self._is_beforehand, strict=True)
+            )
         return Candidate(
             key=f"{option.strategy}:{sorted(option.parameters.items())}|{variant}",
-            phase_bytes=() if is_away else self.memory.phase_bytes(component, choice),
+            phase_bytes=phase_bytes,
             call_s=sum(
                 self.phase_seconds(phase, choice, attention, with_range=False)[0]
                 for phase in self.workload.phases
                 if phase.component == component.name
             ),
-            host_bytes=host.pageable_bytes
+            host_bytes=0
+            if is_dropped
+            else host.pageable_bytes
             + host.pinned_bytes
             + self._held_bytes.get(component.name, 0)
             + self._host_activation_bytes(component.name, placement),
@@ -535,6 +613,8 @@ class Pricing:
         self, phase: Phase, choice: Choice, attention: Attention, *, with_range: bool = True
     ) -> tuple[float, float, float, float]:
         """Return (later call, first call, low, high) seconds of one phase."""
+        if phase.component in self._dropped:
+            return 0.0, 0.0, 0.0, 0.0
         if self._remembers_prompt and phase.name == ENCODE_PROMPT:
             return 0.0, self._phase_seconds(phase, choice, attention, with_range=False)[1], 0.0, 0.0
         return self._phase_seconds(phase, choice, attention, with_range=with_range)
@@ -582,7 +662,24 @@ class Pricing:
         """Replay one configuration through the allocator model, held to *budget_bytes* if given."""
         if isinstance(budget_bytes, Mapping):
             budget_bytes = budget_bytes[self.gpu.index]
-        return simulate(self.workload, self._choices(picks), self.gpu, budget_bytes=budget_bytes)
+        choices = self._choices(picks)
+        if not self._dropped:
+            return simulate(self.workload, choices, self.gpu, budget_bytes=budget_bytes)
+        # Of what is not there yet, or no longer, only results are on the GPU: what others read.
+        away = Choice(placement=OnHost())
+        beforehand, later = (
+            simulate(
+                self.workload,
+                {n: c if (n in self._dropped) == is_first else away for n, c in choices.items()},
+                self.gpu,
+                budget_bytes=budget_bytes,
+            )
+            for is_first in (True, False)
+        )
+        return tuple(
+            one if is_first else other
+            for one, other, is_first in zip(beforehand, later, self._is_beforehand, strict=True)
+        )
 
     def used(self, picks: Mapping[str, Pick | None]) -> tuple[int, ...]:
         """Return the GPUs that hold something of *picks*: the only one."""
@@ -610,13 +707,7 @@ class Pricing:
             low_s, high_s = low_s + phase_low_s, high_s + phase_high_s
             routines.update(self.routine_counts(phase, pick.choice))
             phases.append(phase_prediction(phase, peak, device=device, seconds=seconds))
-        host = host_peak(
-            self.workload.components,
-            {name: pick.choice.placement for name, pick in picks.items() if pick is not None},
-            [phase.component for phase in self.workload.phases],
-            stored_bytes=self.stored_bytes(),
-            activation_bytes=self.host_activation_bytes(picks),
-        )
+        host = self._host_peak(picks)
         loading_bytes = self.memory.loading_bytes()
         return Prediction(
             peak_vram=(device_peak(device, peaks, loading_bytes),),
@@ -629,13 +720,47 @@ class Pricing:
             ),
             host_ram_bytes=host.peak_bytes,
             pinned_bytes=host.pinned_bytes,
-            disk_bytes=host.disk_bytes,
+            disk_bytes=host.disk_bytes + rewritten_bytes(self.workload, self.process_options),
             assumptions=(
                 *self.workload.assumptions,
                 *self.notes(picks, first_s - call_s),
                 *loading_notes(loading_bytes),
                 *host_notes(host),
             ),
+        )
+
+    def _host_peak(self, picks: Mapping[str, Pick | None]) -> HostPeak:
+        """Return the host's peak; text encoders that are dropped are never there with the rest."""
+
+        def of(components: Sequence[Component]) -> HostPeak:
+            here = {c.name: pick for c in components if (pick := picks[c.name])}
+            return host_peak(
+                components,
+                {name: pick.choice.placement for name, pick in here.items()},
+                [phase.component for phase in self.workload.phases if phase.component in here],
+                stored_bytes={k: v for k, v in self.stored_bytes().items() if k in here},
+                checkpoints=checkpoints(self.workload, self.process_options),
+                rewriting_bytes=rewriting_bytes(self.workload, self.process_options),
+                activation_bytes=self.host_activation_bytes(here),
+            )
+
+        components = self.workload.components
+        if not self._dropped:
+            return of(components)
+        encoders = [c for c in components if c.name in self._dropped]
+        first, later = of(encoders), of([c for c in components if c.name not in self._dropped])
+        # Undoing their placement brings them to the host once more; torch keeps what it pinned.
+        undone_bytes = PROCESS_BYTES + sum(c.weight_bytes for c in encoders)
+        return replace(
+            later,
+            load_bytes=max(
+                first.peak_bytes,
+                undone_bytes + first.pinned_bytes,
+                later.load_bytes + first.pinned_bytes,
+            ),
+            call_bytes=later.call_bytes + first.pinned_bytes,
+            pinned_bytes=later.pinned_bytes + first.pinned_bytes,
+            disk_bytes=max(first.disk_bytes, later.disk_bytes),
         )
 
     def notes(self, picks: Mapping[str, Pick | None], first_more_s: float) -> tuple[str, ...]:
@@ -648,7 +773,22 @@ class Pricing:
         }
         trials = (TRIALS_NOTE,) if self.latency.flags.cudnn_benchmark else ()
         prompts = (PROMPT_NOTE,) if self._remembers_prompt else ()
-        return (*_compiling_notes(compiled, first_more_s), *trials, *prompts)
+        if self._dropped:
+            prompts = (self._drop_note(picks),)
+        shards = rewriting_notes(self.workload, self.process_options, self._disk_bytes_per_s)
+        return (*_compiling_notes(compiled, first_more_s), *trials, *prompts, *shards)
+
+    def _drop_note(self, picks: Mapping[str, Pick | None]) -> str:
+        seconds = sum(
+            self._phase_seconds(phase, pick.choice, pick.attention, with_range=False)[1]
+            for phase in self.workload.phases
+            if phase.component in self._dropped and (pick := picks[phase.component])
+        )
+        return (
+            f"The prompt is encoded while loading ({format_seconds(seconds)} once the text "
+            f"encoders are read), with only {' and '.join(sorted(self._dropped))} in memory; they "
+            "are dropped then, which cannot be undone: another prompt needs another load."
+        )
 
     def host_activation_bytes(self, picks: Mapping[str, Pick | None]) -> int:
         """Return what the largest call takes of those that the CPU computes."""

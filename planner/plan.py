@@ -56,7 +56,10 @@ class Rehearsed:
 
     phases: tuple[RehearsedPeak, ...]
     within_budget: bool
-    """Whether every phase leaves the slack that the plan states."""
+    """Whether every phase leaves the slack that the plan states, and the call goes through in a
+    process that may take all of the budget."""
+    takes_slack: bool = field(default=False, metadata={serial.OMITTED: True})
+    """Whether these are the peaks of a process that may take all of the budget."""
 
     @property
     def peak(self) -> RehearsedPeak:
@@ -226,6 +229,9 @@ class Rehearsal:
     """As it was executed, with fewer steps."""
     unknown_reads: Mapping[str, int]
     """Where -> how many values were read that only real weights give; zero was taken."""
+    num_alloc_retries: int
+    """How often cached memory was given back because the budget was reached, on all GPUs; as
+    ``torch.cuda.memory_stats`` counts it."""
 
     @property
     def seconds(self) -> float:

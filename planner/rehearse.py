@@ -23,6 +23,16 @@ from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import Placement
 from pipefit.planner.apply import apply_options
 from pipefit.planner.plan import Rehearsal
+from pipefit.planner.prompt import (
+    PromptCall,
+    as_loaded,
+    divided,
+    divided_options,
+    encoded,
+    is_imitated,
+    prompt_calls,
+    text_encoders,
+)
 from pipefit.planner.rehearsals import steps_to_rehearse
 from pipefit.planner.shims import shimmed
 from pipefit.planner.signatures import GPU
@@ -31,8 +41,9 @@ from pipefit.planner.timeline import Timeline
 from pipefit.planner.trace import run_call, weightless
 from pipefit.planner.virtual_tensors import CPU, buffer_of
 from pipefit.strategies import strategy
-from pipefit.strategies.live import module_components
-from pipefit.strategies.strategy import Imitated, Option
+from pipefit.strategies.live import module_components, wrap_method
+from pipefit.strategies.prompt_first import ENCODE_PROMPT, drops
+from pipefit.strategies.strategy import Option
 
 FOLDERS = ("offload_to_disk_path", "disk_path")
 """Parameters that name a folder for weights: of group offload and of streaming."""
@@ -74,14 +85,21 @@ def on_stage(
         num_cores=num_cores,
     )
     with stage.machine, shimmed(), torch.no_grad():
-        twin = weightless(pipe, stage.machine, device=CPU, in_place=in_place)
-        prepare(twin)
-        for module in module_components(twin).values():
-            for tensor in (*module.parameters(), *module.buffers()):
-                buffer_of(stage.machine.belonging(tensor)).write()  # a load fills them
+        load_onto(stage, pipe, prepare=prepare, in_place=in_place)
         stage.host.forget_peak()  # what was loaded as it is now has never been anything else
-        stage.adopt_all(twin)
         yield stage
+
+
+def load_onto(
+    stage: Stage, pipe: Any, *, prepare: Callable[[Any], Any], in_place: bool = False
+) -> None:
+    """Make a weightless twin of *pipe*, its weights on the CPU, the pipeline of *stage*."""
+    twin = weightless(pipe, stage.machine, device=CPU, in_place=in_place)
+    prepare(twin)
+    for module in module_components(twin).values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            buffer_of(stage.machine.belonging(tensor)).write()  # a load fills them
+    stage.adopt_all(twin)
 
 
 def rehearse(
@@ -115,39 +133,53 @@ def rehearse(
             GPU that times need is unknown. TraceError: the call itself fails.
     """
     shortened = shortened_call(pipe, call, options)
+    device = torch.device(GPU.type, main or 0)
+    calls: list[PromptCall] = []
+    first = pipe
+    if drops(options):
+        calls = prompt_calls(pipe, shortened, prepare=functools.partial(as_loaded, options))
+        encoders, pipe = divided(pipe)
+        first, (before, options) = encoders, divided_options(options, text_encoders(encoders))
     with (
         on_stage(
-            pipe,
+            first,
             gpu,
             budget_bytes=budget_bytes,
             links=links,
             timeline=timeline,
-            prepare=functools.partial(_imitate, options),
+            prepare=_imitating(before if calls else options),
             is_strict=is_strict,
-            in_place=in_place,
+            in_place=in_place and not calls,  # the caller would keep the text encoders
             remember=remember,
             num_cores=num_cores,
         ) as stage,
         tempfile.TemporaryDirectory(prefix="pipefit-") as folder,
-        apply_options(stage.pipe, _on_twin(options, folder), torch.device(GPU.type, main or 0)),
     ):
-        stage.placements = placements_of(options, module_components(stage.pipe))
-        with stage.counting():
-            run_call(stage.pipe, shortened)
-        return stage.rehearsal(shortened)
+
+        def perform(options: Sequence[Option], run: Callable[[Any], Any]) -> tuple[Any, Rehearsal]:
+            with apply_options(stage.pipe, _on_twin(options, folder), device):
+                stage.placements = placements_of(options, module_components(stage.pipe))
+                with stage.counting():
+                    made = run(stage.pipe)
+                # Before undoing, which brings weights back to the host.
+                return made, stage.rehearsal(shortened)
+
+        if calls:
+            known, _ = perform(before, lambda twin: encoded(twin, calls, device))
+            stage.empty()
+            load_onto(stage, pipe, prepare=_imitating(options), in_place=in_place)
+
+        def run(twin: Any) -> None:
+            if calls:
+                wrap_method(twin, ENCODE_PROMPT, known)
+            run_call(twin, shortened)
+
+        return perform(options, run)[1]
 
 
-def _is_imitated(option: Option) -> bool:
-    one = strategy(option.strategy)
-    return isinstance(one, Imitated) and not one.is_rehearsed
-
-
-def _imitate(options: Sequence[Option], twin: Any) -> None:
-    """Do to *twin* what its load would have done, as before a trace."""
-    for option in options:
-        one = strategy(option.strategy)
-        if isinstance(one, Imitated) and _is_imitated(option):
-            one.imitate(twin, str(option.component), option.parameters)
+def _imitating(options: Sequence[Option]) -> Callable[[Any], None]:
+    """Return what does to a twin what its load would have done and applying cannot."""
+    return functools.partial(as_loaded, [option for option in options if is_imitated(option)])
 
 
 def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
@@ -161,7 +193,7 @@ def _on_twin(options: Sequence[Option], folder: str) -> list[Option]:
             },
         )
         for option in options
-        if not _is_imitated(option)
+        if not is_imitated(option)
     ]
 
 

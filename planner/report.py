@@ -21,6 +21,7 @@ from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.prediction import PhasePrediction, Prediction
 from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.planner.plan import Plan, PredictedCall, Verification, call_seconds
+from pipefit.planner.trace_cache import CacheInfo
 from pipefit.strategies.strategy import Option
 
 REPORT_WIDTH = 100
@@ -225,6 +226,16 @@ def catalogue_report(catalogue: Mapping[str, Sequence[Mapping[str, Any]]]) -> Re
             str(entry.get("architecture", "")),
         )
     return Group(pipelines, gpus)
+
+
+def cache_report(held: CacheInfo) -> RenderableType:
+    """Return what lies in the cache."""
+    table = _table("kept", ">number", ">size", "limit")
+    entries = format_bytes(held.entries_bytes), format_bytes(held.limit_bytes)
+    table.add_row("traces and rehearsals", str(held.num_entries), *entries)
+    shards = format_bytes(held.checkpoints_bytes)
+    table.add_row("weights in shards, by component", str(held.num_checkpoints), shards, "none")
+    return Group(f"In {held.folder}:", table)
 
 
 def describe_option(option: Option) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from pipefit.errors import InvalidRequest
 from pipefit.planner.load import load
 from pipefit.planner.output import check_suffix, default_suffix, write_output
 from pipefit.planner.plan import Plan
+from pipefit.strategies.strategy import Option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ def run_pipeline(
     out: Path | None = None,
     seed: int | None = None,
     device: str | None = None,
+    with_: Sequence[Option] = (),
     **wishes: Any,
 ) -> Run:
     """Load the pipeline *name* by the best plan for *call*, run it and write what it returns.
@@ -43,7 +46,12 @@ def run_pipeline(
     """
     if out is not None:
         check_suffix(out)
-    pipe = load(name, call=call, dtype=dtype, device=device, **wishes)
+    if any(option.strategy == "latent_output" for option in with_):
+        raise InvalidRequest(
+            "With latent_output a call returns what waits to be decoded, which no file holds: "
+            "leave it out, or use pipefit.load."
+        )
+    pipe = load(name, call=call, dtype=dtype, device=device, with_=with_, **wishes)
     arguments = dict(call)
     if seed is not None:
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)

@@ -1,8 +1,8 @@
 """What a pipeline is like now, so that an undo can be checked and not only believed.
 
-Covers what a strategy may touch: tensors (place, dtype, layout, ties), hooks, ``forward``s,
-attention processors, autoencoder switches, what offloading writes on the pipeline, and process-wide
-flags.
+Covers what a strategy may touch: tensors (place, dtype, layout, ties), classes, hooks,
+``forward``s, attention processors, autoencoder switches, what offloading writes on the pipeline,
+and process-wide flags.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from pipefit.strategies.live import (
     CHUNKING_ATTRIBUTES,
     COMPILED,
+    ENTRY_METHODS,
     OFFLOAD_ATTRIBUTES,
     attention_registry,
     hooks_of,
     module_components,
 )
+from pipefit.strategies.prompt_first import ENCODE_PROMPT
 
 Snapshot = dict[str, Any]
 """What was looked at -> what was found; compare two with :func:`differences`."""
@@ -27,21 +29,24 @@ Snapshot = dict[str, Any]
 SWITCH_PREFIXES = ("use_", "tile_")
 """How autoencoders call the attributes that slicing and tiling set."""
 
-OWN = ("decode", *CHUNKING_ATTRIBUTES)
-"""What chunking sets: an autoencoder's wrapped entry, a block's part of the feed-forward."""
+OWN = (*ENTRY_METHODS, *CHUNKING_ATTRIBUTES)
+"""What is set on modules: wrapped entries, a block's part of the feed-forward."""
 
 
 def snapshot(pipe: Any, *, with_values: bool = False) -> Snapshot:
     """Return the state of *pipe*; *with_values* adds a digest of each tensor, which takes long."""
     found: Snapshot = _process_flags()
     state = vars(pipe)
-    found["pipeline"] = {name: state[name] for name in OFFLOAD_ATTRIBUTES if name in state}
+    own = (*OFFLOAD_ATTRIBUTES, ENCODE_PROMPT)
+    found["pipeline"] = {name: state[name] for name in own if name in state}
+    found["pipeline class"] = type(pipe)
     for name, module in module_components(pipe).items():
         found[f"{name} hooks"] = hooks_of(module)
         found[f"{name} switches"] = {
             key: value for key, value in vars(module).items() if key.startswith(SWITCH_PREFIXES)
         }
         for path, part in module.named_modules(prefix=name):
+            found[f"{path} class"] = type(part)
             found[f"{path} forward"] = vars(part).get("forward")
             found[f"{path} own"] = {key: vars(part)[key] for key in OWN if key in vars(part)}
             found[f"{path} compiled"] = vars(part).get(COMPILED)

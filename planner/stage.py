@@ -31,7 +31,7 @@ from pipefit.cost_models.latency import (
     num_launches,
 )
 from pipefit.cost_models.machine import Gpu, Link
-from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Streaming
+from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Split, Streaming
 from pipefit.cost_models.transfers import (
     BLOCK_HOOK_S,
     COPY_LATENCY_S,
@@ -339,7 +339,10 @@ class Stage(Recorder):
         self._note(("t", copy))
         if self._has_link:
             self.clock.work(COPY_LATENCY_S)
-            if isinstance(self.placements.get(self._phase[0].component), Streaming):
+            placement = self.placements.get(self._phase[0].component)
+            if isinstance(placement, Streaming) or (
+                isinstance(placement, Split) and placement.resident_blocks and copy.source is None
+            ):
                 self.clock.work(BLOCK_HOOK_S)  # of the block that the copy is for
         if copy.source is not None and copy.target is not None:
             self._copy_between(copy.source, copy.target, copy.num_bytes)
@@ -623,7 +626,7 @@ class Stage(Recorder):
     def counting(self) -> Iterator[None]:
         """Cut what is called meanwhile into phases."""
         gc.collect()  # hooks and modules refer to each other
-        self.placing_host_bytes = self.host.peak_pageable_bytes
+        self.placing_host_bytes = max(self.placing_host_bytes, self.host.peak_pageable_bytes)
         self.host.forget_peak()
         self.clock.synchronise()
         self._marked_s = self.clock.host_s
@@ -635,6 +638,15 @@ class Stage(Recorder):
             yield
         self._stop_watch()
         self._timed = None
+
+    def empty(self) -> None:
+        """Forget the pipeline, which is gone; what is placed next belongs to what follows."""
+        self.pipe = None
+        for known in (self.components, self._paths, self._structures, self._hooked, self._parts):
+            known.clear()
+        gc.collect()  # hooks and modules refer to each other
+        self.emptied_cache()
+        self._phase = self._before = self._rows("", "", "")
 
     def rehearsal(self, call: Mapping[str, Any]) -> Rehearsal:
         """Return what was counted so far."""
@@ -648,6 +660,7 @@ class Stage(Recorder):
             context_bytes=self.context_bytes,
             call=dict(call),
             unknown_reads=dict(self.unknown_reads),
+            num_alloc_retries=sum(gpu.allocator.num_alloc_retries for gpu in self.gpus),
         )
 
 

@@ -26,6 +26,7 @@ from pipefit.planner.signatures import GPU
 from pipefit.planner.virtual import VirtualDevice, VirtualMachine
 from pipefit.planner.virtual_tensors import CPU, VirtualTensor
 from pipefit.strategies.describe import describe_component
+from pipefit.strategies.live import without_progress_bar
 
 VariantParts = Mapping[str, Mapping[str, Any]]
 """Compute strategies on one component: strategy -> parameters."""
@@ -74,7 +75,7 @@ def _twin(pipe: Any, stand_ins: Mapping[int, Any]) -> Any:
         if isinstance(value, DiffusionPipeline):
             value = _twin(value, stand_ins)
         twin.__dict__[name] = stand_ins.get(id(value), value)
-    twin.__dict__["_progress_bar_config"] = {"disable": True}
+    without_progress_bar(twin)
     return twin
 
 

@@ -9,6 +9,9 @@ cannot be used is said once on the log. Several processes may share a folder: an
 beside its place and moved there, so that readers see all of it or nothing.
 
 An entry is one line with a checksum, then JSON deflated; not pickle, which executes what it reads.
+
+Beside them lie checkpoints in shards (:mod:`pipefit.strategies.sharded_checkpoint`), which are
+counted and cleared here as well. They are the user's weights: none goes by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import zlib
@@ -39,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "PIPEFIT_CACHE"
 """Environment variable that names the folder of everything pipefit remembers between runs."""
+
+TRACES = "traces"
+CHECKPOINTS = "checkpoints"
+"""Folders in that one."""
 
 LIMIT_BYTES = 128 << 20
 """What the entries of a folder may take together; the least recently used go first.
@@ -73,6 +81,12 @@ _MAGIC = b"pipefit.trace/1 "
 _SUFFIX = ".trace"
 _UNFINISHED_SUFFIX = ".unfinished"
 
+CHECKPOINT_SUFFIXES = (".shards", ".unfinished")
+"""What folders of ours end in among the checkpoints.
+
+As in strategies/sharded_checkpoint.py, whose import would take longer than an entry saves.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheInfo:
@@ -80,8 +94,13 @@ class CacheInfo:
 
     folder: Path
     num_entries: int
+    """Traces and rehearsals."""
     entries_bytes: int
     limit_bytes: int
+    """What the entries may take together; checkpoints have no limit."""
+    num_checkpoints: int
+    """Components whose weights lie there in shards."""
+    checkpoints_bytes: int
 
 
 def cached_trace(
@@ -125,22 +144,32 @@ def remembered(
 
 
 def cache_info(folder: Path | None = None) -> CacheInfo:
-    """Return how much the traces in *folder*, or in the user's cache, take."""
-    folder = folder or traces_folder()
-    entries = _entries(folder)
+    """Return how much *folder*, by default the user's :func:`cache_folder`, takes."""
+    folder = folder or cache_folder()
+    entries = _entries(folder / TRACES)
+    checkpoints = _checkpoints(folder / CHECKPOINTS)
     return CacheInfo(
         folder=folder,
         num_entries=len(entries),
         entries_bytes=sum(entry.num_bytes for entry in entries),
         limit_bytes=LIMIT_BYTES,
+        num_checkpoints=len(checkpoints),
+        checkpoints_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
     )
 
 
 def clear_cache(folder: Path | None = None) -> CacheInfo:
-    """Forget the traces in *folder*, or in the user's cache; return what could not be removed."""
-    folder = folder or traces_folder()
-    for entry in _entries(folder):
+    """Empty *folder*, by default the user's :func:`cache_folder`, of what pipefit put there.
+
+    Returns:
+        What could not be removed. Weights that a process has mapped stay valid in it, but a load
+        that is rewriting a checkpoint at the time fails.
+    """
+    folder = folder or cache_folder()
+    for entry in _entries(folder / TRACES):
         _remove(entry.path)
+    for checkpoint in _checkpoints(folder / CHECKPOINTS):
+        shutil.rmtree(checkpoint.path, ignore_errors=True)  # the result says what is left
     return cache_info(folder)
 
 
@@ -166,7 +195,12 @@ def cache_folder() -> Path:
 
 def traces_folder() -> Path:
     """Return where traces are kept when no folder is given."""
-    return cache_folder() / "traces"
+    return cache_folder() / TRACES
+
+
+def checkpoints_folder() -> Path:
+    """Return where checkpoints are kept in shards."""
+    return cache_folder() / CHECKPOINTS
 
 
 # -- what an entry belongs to
@@ -327,6 +361,19 @@ def _entries(folder: Path) -> list[_Entry]:
                     stat = item.stat()
                     found.append(_Entry(Path(item.path), stat.st_mtime_ns, stat.st_size))
     return sorted(found, key=lambda entry: entry.used_ns, reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[_Entry]:
+    """Return the checkpoints in *folder*, and those that killed processes left half-written."""
+    found = []
+    with suppress(OSError):
+        for item in os.scandir(folder):
+            if item.name.endswith(CHECKPOINT_SUFFIXES) and item.is_dir(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # another process dropped it
+                    files = [file.stat() for file in os.scandir(item)]
+                    num_bytes = sum(file.st_size for file in files)
+                    found.append(_Entry(Path(item.path), item.stat().st_mtime_ns, num_bytes))
+    return found
 
 
 def _drop_least_recent(folder: Path) -> None:

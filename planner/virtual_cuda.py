@@ -395,6 +395,8 @@ def _replacements(machine: Any) -> list[tuple[Any, str, Any]]:
         "stream": lambda stream: contextlib.nullcontext() if stream is None else stream,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device="cuda": torch.empty(0, dtype=torch.uint8),
+        "set_rng_state": lambda state, device="cuda": None,
     }
     table = [(torch.cuda, name, made) for name, made in cuda.items()]
     functional = torch.nn.functional

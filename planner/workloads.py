@@ -25,12 +25,19 @@ from pipefit.cost_models.units import format_bytes
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest, TraceError, UnknownName
 from pipefit.planner.catalog import pipeline_entry
-from pipefit.planner.options import Parts, compute_variants, computing
+from pipefit.planner.options import Parts, check_required, compute_variants, computing
 from pipefit.planner.policy import Policy
-from pipefit.planner.trace_cache import cached_trace, library_versions
+from pipefit.planner.trace_cache import (
+    cached_trace,
+    library_versions,
+    remembered,
+    whole_code_version,
+)
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
 from pipefit.strategies.fused_qkv import FUSED_LAYERS
+from pipefit.strategies.latent_output import DECODE_LATER_NOTE
 from pipefit.strategies.live import CHUNKING_ATTRIBUTES
+from pipefit.strategies.prompt_first import ONLY_WHILE_LOADING, drops
 from pipefit.strategies.strategy import Imitated, Option
 
 Progress = Callable[[str], None]
@@ -76,18 +83,23 @@ def observe(
     say = progress or (lambda text: None)
     source = source_of(subject, dtype)
 
+    ends: tuple[Option, ...] = ()
+
     def traced(options: Sequence[Option]) -> Workload:
-        return _trace(source, call or {}, gpu, policy, options, say)
+        return _trace(source, call or {}, gpu, policy, (*options, *ends), say)
 
     is_loaded = not source.is_ours
+    if drops(policy.required):
+        _check_drop(source, call or {}, policy)
     plain = traced(())
+    ends = _ends(plain, policy, gpu)
     asked = _asked(plain, policy)
     casts = _offered("precision", plain, gpu, policy)
     joined = _offered("fused_qkv", plain, gpu, policy)
     found = []
     for options in [asked, (*casts, *asked)] if casts else [asked]:
         try:
-            workload = traced(options) if options else plain
+            workload = traced(options) if options or ends else plain
         except TraceError:
             if options == asked:
                 raise
@@ -119,6 +131,18 @@ def observe(
         )
         for one in found
     ]
+
+
+def _ends(workload: Workload, policy: Policy, gpu: Gpu) -> tuple[Option, ...]:
+    """Return what ends the call before its end, if the policy requires it.
+
+    Raises:
+        InvalidRequest: if it goes on no component, or the call cannot end there.
+    """
+    found = tuple(option for option in policy.required if option.strategy == "latent_output")
+    if found:
+        check_required(workload, replace(policy, required=found), gpu)
+    return found
 
 
 def _observed(
@@ -198,6 +222,46 @@ def _asked(workload: Workload, policy: Policy) -> tuple[Option, ...]:
         if reason:
             raise InvalidRequest(f"On {name}, {reason}")
     return tuple(found)
+
+
+def _check_drop(source: Source, call: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse to drop text encoders that this call cannot do without.
+
+    Raises:
+        InvalidRequest: with the reason.
+    """
+    if not source.is_ours:
+        raise InvalidRequest(ONLY_WHILE_LOADING)
+    placed = any(option.strategy == "device_map" for option in policy.required)
+    if len(policy.budget_bytes) > 1 or placed:
+        raise InvalidRequest(
+            "prompt_first:drop=true was asked for over several GPUs, but loads for one: plan for "
+            "one, or leave drop=true out."
+        )
+
+    def refusal() -> str:
+        from pipefit.planner.build import quietly
+        from pipefit.planner.call import default_inputs
+        from pipefit.planner.prompt import prompt_calls
+
+        with quietly():
+            pipe, entry = source.get()
+            try:
+                prompt_calls(pipe, default_inputs(pipe, entry, call), in_place=True)
+            except InvalidRequest as error:
+                return str(error)
+        return ""
+
+    reason = remembered(
+        json.loads(json.dumps({**source.key, "drop": described_call(call)}, default=str)),
+        refusal,
+        name="refusal",
+        to_json=str,
+        from_json=str,
+        code=whole_code_version(),
+    )
+    if reason:
+        raise InvalidRequest(reason)
 
 
 def _check_offload(workload: Workload, options: Sequence[Option], policy: Policy) -> None:
@@ -351,9 +415,14 @@ def _named(subject: str | Path, dtype: Mapping[str, str] | str | None) -> Source
 
     folder = Path(subject)
     if folder.is_dir():
-        content = {
+        content: dict[str, str | int] = {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*.json"))
+        }
+        content |= {
+            str(path.relative_to(folder)): path.stat().st_size
+            for pattern in ("*/*.safetensors", "*/*.bin")
+            for path in sorted(folder.glob(pattern))
         }
         return Source(folder.name, {"folder": content, "dtype": dtype}, get, True)
     try:
@@ -435,7 +504,7 @@ def _trace(
     def make() -> Workload:
         on: dict[str, list[str]] = {}
         for option in load_options:
-            on.setdefault(option.strategy, []).append(str(option.component))
+            on.setdefault(option.strategy, []).append(option.component or "the pipeline")
         after = " and ".join(f"{name} on {', '.join(parts)}" for name, parts in on.items())
         say(f"tracing {source.name}{f' after {after}' if after else ''} …")
         return _execute(source, call, gpu, policy, load_options)
@@ -494,7 +563,13 @@ def _execute(
         )
     given = {name: workload.call[name] for name in call if name in workload.call}
     versions = {name: found for name, found in library_versions().items() if found}
-    return replace(workload, call={**shown, **given}, versions=versions)
+    is_cut = any(option.strategy == "latent_output" for option in load_options)
+    return replace(
+        workload,
+        call={**shown, **given},
+        versions=versions,
+        assumptions=(*workload.assumptions, *([DECODE_LATER_NOTE] if is_cut else [])),
+    )
 
 
 def _possible_with(

@@ -17,6 +17,7 @@ from pipefit.strategies.fused_qkv import FusedQkv
 from pipefit.strategies.group_offload import GroupOffload
 from pipefit.strategies.guidance_split import GuidanceSplit
 from pipefit.strategies.jit_trace import JitTrace
+from pipefit.strategies.latent_output import LatentOutput
 from pipefit.strategies.layerwise_casting import LayerwiseCasting
 from pipefit.strategies.model_offload import ModelOffload
 from pipefit.strategies.precision import Precision
@@ -24,6 +25,7 @@ from pipefit.strategies.prompt_first import PromptFirst
 from pipefit.strategies.quantization import Quantization
 from pipefit.strategies.resident import Resident
 from pipefit.strategies.sequential_offload import SequentialOffload
+from pipefit.strategies.sharded_checkpoint import ShardedCheckpoint
 from pipefit.strategies.step_cache import StepCache
 from pipefit.strategies.strategy import Choosy, Option, Quality, Strategy
 from pipefit.strategies.streaming import Streaming
@@ -35,7 +37,9 @@ from pipefit.strategies.vae_tiling import VaeTiling
 BUILT_IN: tuple[Strategy, ...] = (
     Tf32(),
     CudnnBenchmark(),
+    ShardedCheckpoint(),
     PromptFirst(),
+    LatentOutput(),
     Precision(),
     FusedQkv(),
     Quantization(),

@@ -8,6 +8,11 @@ component has the hooks of accelerate's ``dispatch_model`` on its blocks.
 
 ``device`` says where, and leaves how the weights lie there to another strategy (resident, unless
 one is named); ``split`` says both, and so does ``map``, module by module as accelerate writes it.
+What no GPU has room for waits on the host: of the blocks that ``resident_blocks`` names a GPU for,
+so many stay there and the others are streamed to it by the engine of ``streaming``, each GPU with
+slots of its own. So all links copy while one GPU after the other computes; accelerate's own ``cpu``
+in a map would copy tensor by tensor while nothing does.
+
 ``mode`` stands, in a prediction, for what the libraries choose: diffusers for the components of a
 pipeline (``balanced``), accelerate for the blocks of a component; ``max_memory`` is the room that
 they are told to fill, by default what is free. Group offload is not had
@@ -24,10 +29,16 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from pipefit.cost_models import placement
-from pipefit.cost_models.devices import NO_SPLIT_MODULES, blocks_of_split, places_of
+from pipefit.cost_models.devices import (
+    NO_SPLIT_MODULES,
+    blocks_of_split,
+    places_of,
+    streamed_parts,
+)
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.units import parse_bytes
 from pipefit.cost_models.workload import Component, Workload
@@ -42,18 +53,25 @@ from pipefit.strategies.live import (
 )
 from pipefit.strategies.parameters import unknown_parameter
 from pipefit.strategies.strategy import Kind, Option, Quality, Undo
-from pipefit.strategies.streaming import entry_hook
+from pipefit.strategies.streaming import Streaming, check_parameters, entry_hook, immovable
 
-PARAMETERS = ("device", "split", "map", "mode", "max_memory")
+if TYPE_CHECKING:
+    from pipefit.strategies.streamer import Streamer
+
+PARAMETERS = ("device", "split", "map", "mode", "max_memory", "resident_blocks", "max_block_bytes")
+SUPPLEMENTS = {"max_memory": "mode", "resident_blocks": "split", "max_block_bytes": "split"}
+"""What says more about another parameter."""
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 """What accelerate can be asked to work out for a model; ``auto`` is its ``balanced``."""
 _SPLIT = re.compile(r"\d+:\d+(\+\d+:\d+)+")
+_RESIDENT = re.compile(r"\d+:\d+(\+\d+:\d+)*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMap:
     """``device=1``: the component computes on GPU 1; ``split=0:30+1:27``: 30 blocks on GPU 0, the
-    next 27 on GPU 1, and what is no block on the first."""
+    next 27 on GPU 1, and what is no block on the first; with ``resident_blocks=0:20`` 20 of those
+    that streaming cuts GPU 0's part into stay there and the rest of that part waits on the host."""
 
     name: str = "device_map"
     kind: Kind = "device"
@@ -76,7 +94,10 @@ class DeviceMap:
             return wrong
         if "max_memory" in parameters and "mode" not in parameters:
             return "device_map:max_memory is the room that a mode fills: name the mode as well."
-        if len({*parameters} - {"max_memory"}) != 1:
+        for key in ("resident_blocks", "max_block_bytes"):
+            if key in parameters and "split" not in parameters:
+                return f"device_map:{key} is about the blocks of a split: name the split as well."
+        if len({*parameters} - {*SUPPLEMENTS}) != 1:
             return "device_map takes one of device=1, split=0:30+1:27, map and mode=balanced."
         if "mode" in parameters:
             return "device_map:mode is what the libraries would choose: it can only be predicted."
@@ -84,7 +105,8 @@ class DeviceMap:
             return _map_refusal(component, parameters["map"])
         if "device" in parameters:
             return _device_refusal(component, parameters["device"])
-        return _split_refusal(component, parameters["split"])
+        wrong = _split_refusal(component, parameters["split"])
+        return wrong or self._streaming_refusal(component, parameters)
 
     def conflict(self, parameters: Mapping[str, Any], other: Option) -> str | None:
         """What decides for the whole pipeline where it computes."""
@@ -102,8 +124,12 @@ class DeviceMap:
             return placement.Split(places=tuple(parameters["map"].items()))
         if "split" not in parameters:
             return None
-        parts = (part.split(":") for part in parameters["split"].split("+"))
-        return placement.Split(blocks=tuple((int(index), int(count)) for index, count in parts))
+        most_bytes = parameters.get("max_block_bytes", placement.MAX_BLOCK_BYTES)
+        return placement.Split(
+            blocks=_counts(parameters["split"]),
+            resident_blocks=_counts(parameters.get("resident_blocks", "")),
+            max_block_bytes=most_bytes,
+        )
 
     def apply(
         self, pipe: Any, component: str | None, parameters: Mapping[str, Any], device: Any
@@ -112,17 +138,27 @@ class DeviceMap:
         one; the weights of a split are moved, others are left to the strategy that places them."""
         import torch
 
+        from pipefit.strategies.describe import describe_component
+
         name, main = str(component), torch.device(device)
         modules = module_components(pipe)
         module = modules[name]
         with ExitStack() as undo:
             undo.callback(device_restorer(module))
             is_split = "device" not in parameters
+            streamers: list[Streamer] = []
             if is_split:
-                _dispatch(module, self._places(name, module, parameters), main, undo)
+                split = self.placement(parameters)
+                assert split is not None
+                described = describe_component(name, module, traits_of_split(module))
+                streamers = _stream(module, described, split, main, undo)
+                _dispatch(module, places_of(described, split), streamers, main, undo)
             # diffusers takes the first component's hook as the place where the pipeline computes.
             for part in modules.values():
-                entry_hook(part, main, undo)
+                hook = entry_hook(part, main, undo)
+                for streamer in streamers if part is module else ():
+                    hook.entered.append(streamer.enter)
+                    undo.callback(hook.entered.remove, streamer.enter)
             undo.callback(attribute_restorer(module, ("forward", *ENTRY_METHODS)))
             home = main if is_split else numbered(main, parameters["device"])
             entered: list[Any] = []
@@ -131,12 +167,43 @@ class DeviceMap:
                     vars(module)[method] = _led(getattr(module, method), home, main, entered)
             return undo.pop_all().close
 
-    def _places(self, name: str, module: Any, parameters: Mapping[str, Any]) -> dict[str, int]:
-        from pipefit.strategies.describe import describe_component
-
+    def _streaming_refusal(self, component: Component, parameters: Mapping[str, Any]) -> str | None:
+        """What is wrong with the blocks that are said to stay, where any are."""
+        if "resident_blocks" not in parameters:
+            return None
+        said, most = parameters["resident_blocks"], parameters.get("max_block_bytes", 1)
+        if not isinstance(said, str) or not _RESIDENT.fullmatch(said):
+            return (
+                "device_map:resident_blocks gives the number of blocks that stay by GPU, as in "
+                f"0:20+1:18, but was {said!r}."
+            )
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            return f"device_map:max_block_bytes is a number of at least 1, but was {most!r}."
+        reason = immovable(component)
+        if reason:
+            return reason
+        counts = _counts(said)
+        if len(dict(counts)) < len(counts):
+            return f"device_map:resident_blocks names a GPU twice in {said!r}."
         split = self.placement(parameters)
         assert split is not None
-        return places_of(describe_component(name, module, self.traits(module)), split)
+        for index, (cut, how) in streamed_parts(component, split).items():
+            if how.resident_blocks >= len(cut.called):
+                return (
+                    f"GPU {index} has {len(cut.called)} blocks of {component.class_name} that can "
+                    f"be streamed, but resident_blocks was {said!r}: leave it out where all stay."
+                )
+        return None
+
+
+def traits_of_split(module: Any) -> dict[str, Any]:
+    """Return the traits of *module* that a split goes by."""
+    return {**Streaming().traits(module), **DeviceMap().traits(module)}
+
+
+def _counts(said: str) -> tuple[tuple[int, int], ...]:
+    parts = (part.split(":") for part in said.split("+") if part)
+    return tuple((int(index), int(count)) for index, count in parts)
 
 
 def numbered(main: Any, index: int) -> Any:
@@ -270,8 +337,8 @@ def _split_refusal(component: Component, split: Any) -> str | None:
             f"device_map:split gives numbers of blocks by GPU, as in 0:30+1:27, but was {split!r}."
         )
     parts = [part.split(":") for part in split.split("+")]
-    if len({index for index, _ in parts}) < len(parts):
-        return f"device_map:split names a GPU twice in {split!r}."
+    if any(index == after for (index, _), (after, _) in pairwise(parts)):
+        return f"device_map:split names a GPU twice in a row in {split!r}."
     blocks = blocks_of_split(component)
     if not blocks:
         return f"{component.class_name} has no row of blocks that its class wants to be left whole."
@@ -281,7 +348,27 @@ def _split_refusal(component: Component, split: Any) -> str | None:
     return None
 
 
-def _dispatch(module: Any, places: Mapping[str, int], main: Any, undo: ExitStack) -> None:
+def _stream(
+    module: Any, described: Component, split: placement.Split, main: Any, undo: ExitStack
+) -> list[Streamer]:
+    """Pack what no GPU holds, with an engine for each GPU that streams blocks of its part."""
+    from pipefit.strategies.streamer import Streamer
+
+    streamers = []
+    for index, (cut, how) in streamed_parts(described, split).items():
+        check_parameters(described, module)
+        streamers.append(Streamer(module, cut, how, numbered(main, index), is_part=True))
+        undo.callback(streamers[-1].close)
+    return streamers
+
+
+def _dispatch(
+    module: Any,
+    places: Mapping[str, int],
+    streamers: Sequence[Streamer],
+    main: Any,
+    undo: ExitStack,
+) -> None:
     """Move each part of *module* to its GPU and attach accelerate's hooks below the component.
 
     The component's own hook would be in the way of others; what it does, :func:`_led` does.
@@ -293,18 +380,21 @@ def _dispatch(module: Any, places: Mapping[str, int], main: Any, undo: ExitStack
     undo.callback(attribute_restorer(module, DISPATCH_ATTRIBUTES))
     undo.callback(hook_restorer(module))
     undo.callback(remove_hook_from_module, module, recurse=True)
-    for path, device in devices.items():
-        # Tensors that are there already keep their identity, and with it their ties.
-        own = module.get_submodule(path) if _is_module(module, path) else None
-        if own is not None:
-            own.to(device)
-        else:
-            tensor = functools.reduce(getattr, path.split("."), module)
-            tensor.data = tensor.data.to(device)
     # What diffusers and transformers leave where it is, such as a cache of keys and values.
     stays = getattr(module, "_skip_keys", None)
     stays = stays or getattr(module, "_skip_keys_device_placement", None)
-    dispatch_model(module, devices, main_device=main, skip_keys=stays, force_hooks=True)
+    with ExitStack() as there:
+        for streamer in streamers:
+            there.enter_context(streamer.as_if_there())
+        for path, device in devices.items():
+            # Tensors that are there already keep their identity, and with it their ties.
+            own = module.get_submodule(path) if _is_module(module, path) else None
+            if own is not None:
+                own.to(device)
+            else:
+                tensor = functools.reduce(getattr, path.split("."), module)
+                tensor.data = tensor.data.to(device)
+        dispatch_model(module, devices, main_device=main, skip_keys=stays, force_hooks=True)
     remove_hook_from_module(module)
 
 

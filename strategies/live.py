@@ -51,6 +51,9 @@ GROUP_OFFLOADING_HOOKS = (
 )
 """Names under which diffusers 0.42 registers group offloading (hooks/group_offloading.py)."""
 
+PROGRESS_BAR = "_progress_bar_config"
+"""Where ``set_progress_bar_config`` of a pipeline keeps what it is given."""
+
 COMPILED = "_compiled_call_impl"
 """Attribute in which torch 2.13 keeps what ``Module.compile`` makes of a module."""
 
@@ -146,6 +149,16 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Restore:
     return restore
 
 
+def without_progress_bar(pipe: Any) -> Restore:
+    """Let *pipe* show no progress; the result sets what was set before.
+
+    diffusers 0.42 has a method that sets it, and keeps it in a private attribute.
+    """
+    restore = attribute_restorer(pipe, (PROGRESS_BAR,))
+    vars(pipe)[PROGRESS_BAR] = {"disable": True}
+    return restore
+
+
 def hook_restorer(module: Any) -> Restore:
     """Remember every submodule's hook attributes; call the result once the hooks are removed."""
     restores = [attribute_restorer(part, HOOK_ATTRIBUTES) for part in module.modules()]
@@ -187,6 +200,14 @@ def set_execution_device(module: Any, device: Any) -> None:
                 hook.execution_device = device
 
 
+def execution_device(pipe: Any) -> Any:
+    """Return where *pipe* computes, as diffusers 0.42 tells it by its components and their hooks.
+
+    The property is private and pipelines themselves make their tensors there.
+    """
+    return pipe._execution_device
+
+
 def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
     """Return the hooks on each submodule by path: accelerate's by class, diffusers' by name.
 
@@ -200,6 +221,18 @@ def hooks_of(module: Any) -> dict[str, tuple[str, ...]]:
         if names:
             found[path] = tuple(names)
     return found
+
+
+def have_weights_brought(module: Any) -> bool:
+    """Whether hooks bring weights of *module* to where it computes.
+
+    Those of group offloading do, and accelerate's, unless they say that they do not.
+    """
+    return any(
+        any(getattr(hook, "brings_weights", True) for hook in _accelerate_hooks(part))
+        or any(diffusers_hook(part, name) for name in GROUP_OFFLOADING_HOOKS)
+        for part in module.modules()
+    )
 
 
 def diffusers_hook(part: Any, name: str) -> Any:

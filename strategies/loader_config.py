@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipefit.errors import InvalidRequest
@@ -15,7 +16,7 @@ def loader_config(library: str, parameters: Mapping[str, Any], dtype: str) -> An
     *dtype* is that of the load, in which bitsandbytes computes.
 
     Raises:
-        InvalidRequest: the backend reads a file of its own, which cannot be named here.
+        InvalidRequest: nothing can be loaded by these parameters.
     """
     import diffusers
     import torch
@@ -46,7 +47,29 @@ def loader_config(library: str, parameters: Mapping[str, Any], dtype: str) -> An
         if library == "transformers":
             return of.QuantoConfig(weights=type_, modules_to_not_convert=left_out)
         return of.QuantoConfig(weights_dtype=type_, modules_to_not_convert=left_out)
+    if backend == "gguf" and "file" in parameters and Path(parameters["file"]).is_file():
+        return diffusers.GGUFQuantizationConfig(compute_dtype=getattr(torch, dtype))
     raise InvalidRequest(
-        "A GGUF file is read by the component's own from_single_file: load the pipeline with it "
-        "and plan for that."
+        f"quantization:backend=gguf reads a file, but file= names {parameters.get('file')!r}: give "
+        "the path of a .gguf file that is there."
+    )
+
+
+def read_gguf(
+    folder: Path, component: str, class_name: str, parameters: Mapping[str, Any], dtype: str
+) -> Any:
+    """Return the *component* of the pipeline in *folder* with the weights of its GGUF file.
+
+    *dtype* is that of the load, in which what is not quantised is kept and everything computes.
+    """
+    import diffusers
+    import torch
+
+    return getattr(diffusers, class_name).from_single_file(
+        parameters["file"],
+        config=str(folder),
+        subfolder=component,
+        quantization_config=loader_config("diffusers", parameters, dtype),
+        torch_dtype=getattr(torch, dtype),
+        local_files_only=True,
     )

@@ -50,6 +50,7 @@ from pipefit.strategies.traced import changed_bytes, is_called_by_forward
 PARAMETERS = (
     "backend",
     "type",
+    "file",
     "double_quant",
     "group_size",
     "per_row",
@@ -109,6 +110,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 class Quantization:
     """``backend=`` and ``type=``, a GGUF file's type being the end of its name (``Q4_K_M``).
 
+    ``file`` is that file's path, for a load; a plan without one is a prediction.
     ``double_quant`` is bitsandbytes' ``bnb_4bit_use_double_quant``, ``per_row`` torchao's
     ``granularity=PerRow()``. ``modules_to_not_convert`` replaces what the loader leaves out, and
     ``all_linear`` says that nothing is, as torchao's ``quantize_`` and quanto's ``quantize`` have
@@ -137,14 +139,20 @@ class Quantization:
         return Quality.BALANCED if bits == 8 else Quality.LOW
 
     def traits(self, module: Any) -> dict[str, Any]:
-        """Whether there is a linear layer to quantise, and which backend has done so."""
+        """Whether there is a linear layer to quantise, which backend has done so, and whether
+        diffusers reads the model from one file."""
+        from diffusers.loaders import FromOriginalModelMixin
         from torch import nn
 
         from pipefit.strategies.quantized_linear import QuantizedLinear
 
         linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
         backends = (part.backend for part in linear if isinstance(part, QuantizedLinear))
-        return {"has_linear": bool(linear), "quantized_by": next(backends, None)}
+        return {
+            "has_linear": bool(linear),
+            "quantized_by": next(backends, None),
+            "reads_single_files": isinstance(module, FromOriginalModelMixin),
+        }
 
     def options(
         self, component: Component, workload: Workload, gpu: Gpu
@@ -177,9 +185,11 @@ class Quantization:
             return f"quantization:group_size is one of {sizes}."
         if parameters.get("kept_dtype", KEPT_DTYPES[0]) not in KEPT_DTYPES:
             return f"quantization:kept_dtype is one of {', '.join(KEPT_DTYPES)}."
+        if "file" in parameters and (backend != "gguf" or not isinstance(parameters["file"], str)):
+            return "quantization:file is the path of a GGUF file, for backend=gguf only."
         if not component.traits.get("has_linear"):
             return f"{component.class_name} has no linear layer."
-        if backend == "gguf" and component.library != "diffusers":
+        if backend == "gguf" and not component.traits.get("reads_single_files"):
             return f"{component.class_name} cannot be read from a GGUF file by diffusers."
         return None
 
@@ -199,8 +209,6 @@ class Quantization:
         backend, missing = parameters["backend"], self.missing_package(parameters)
         if not self.goes_on_loaded(parameters):
             remedy = "let pipefit.load do it"
-            if backend == "gguf":
-                remedy = "load it by from_single_file, whose weights pipefit does not place yet"
             if missing:
                 remedy += f"; that needs `pip install {missing}`"
             raise UnsupportedPipeline(

@@ -26,7 +26,7 @@ pipeline_placement: the same, for all components at once (model and sequential o
 compute: changes how the component computes; its effect on memory and time is traced.
 load: how the weights are stored (dtype, fewer bits); changes the whole trace.
 process: a switch of the whole process or pipeline; one call needs the same tensors, so it is not
-traced."""
+traced (but ``latent_output`` ends the call early, and traces with it)."""
 
 
 class Quality(str, enum.Enum):

@@ -18,8 +18,8 @@ import os
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -212,8 +212,12 @@ class Streamer:
         device: Any,
         *,
         disk_path: str | None = None,
+        is_part: bool = False,
     ) -> None:
+        """Take the blocks of *cut*, and move the rest to *device* unless it *is_part* of a module
+        that lies on several."""
         self._device = device
+        self._is_part = is_part
         self._how = how
         self._stream = CopyStream(device)
         self._blocks: list[_Block] = []
@@ -268,7 +272,7 @@ class Streamer:
         moved = {id(one) for block in self._blocks for one in block.packed.parameters}
         if self._rest is not None:
             moved |= {id(one) for one in self._rest.parameters}
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in () if self._is_part else (*module.parameters(), *module.buffers()):
             if id(tensor) not in moved:
                 tensor.data = tensor.data.to(device)
         for block in self._blocks:
@@ -351,6 +355,18 @@ class Streamer:
         if self._foreseen:
             last = self._last
             self._fill_from(self._foreseen[0] if last is None else self._after(last))
+
+    @contextmanager
+    def as_if_there(self) -> Iterator[None]:
+        """Let what is streamed lie on the GPU, whatever is in it: hooks then leave it there."""
+        packed = [block.packed for block in self._blocks if block.is_streamed]
+        for one in packed:
+            one.point_to(one.views_in(self._ring[0].buffer))
+        try:
+            yield
+        finally:
+            for one in packed:
+                one.point_to(one.host_views)
 
     def leave(self) -> None:
         """Give back all memory on the GPU but that of buffers."""

@@ -140,14 +140,9 @@ class Streaming:
         wrong = unknown_parameter(self.name, parameters, PARAMETERS) or _wrong_value(parameters)
         if wrong:
             return wrong
-        name, traits = component.class_name, component.traits
-        if traits.get("quantized_by") in UNMOVABLE_BACKENDS:
-            return (
-                f"{name} is quantised by {traits['quantized_by']}, whose weights cannot be moved "
-                "block by block: use resident or model_offload."
-            )
-        if traits.get("is_upcast_by_pipelines"):
-            return f"{name} is cast to float32 by some pipelines, which its copies would undo."
+        name, reason = component.class_name, immovable(component)
+        if reason:
+            return reason
         if parameters.get("load_with") == component.name:
             return "load_with names another component, with whose call this one is loaded."
         uncalled = parameters.get("uncalled_modules", ())
@@ -195,7 +190,7 @@ class Streaming:
         if load_with is not None and load_with not in others:
             raise UnknownName("component", load_with, others)
         described = describe_component(name, module, self.traits(module))
-        _check_parameters(described, module)
+        check_parameters(described, module)
         how, folder = self.placement(parameters), parameters.get("disk_path")
         with ExitStack() as undo:
             if folder is not None:
@@ -220,6 +215,19 @@ class Streaming:
                 told.append(by)
                 undo.callback(told.remove, by)
             return undo.pop_all().close
+
+
+def immovable(component: Component) -> str | None:
+    """Why *component* cannot be streamed, whatever the parameters; None where it can."""
+    name, traits = component.class_name, component.traits
+    if traits.get("quantized_by") in UNMOVABLE_BACKENDS:
+        return (
+            f"{name} is quantised by {traits['quantized_by']}, whose weights cannot be moved "
+            "block by block: use resident or model_offload."
+        )
+    if traits.get("is_upcast_by_pipelines"):
+        return f"{name} is cast to float32 by some pipelines, which its copies would undo."
+    return None
 
 
 def _wrong_value(parameters: Mapping[str, Any]) -> str | None:
@@ -314,7 +322,7 @@ def _called_before(order: Sequence[str], name: str) -> str | None:
     return before.pop() if len(before) == 1 and after == {name} and order[0] != name else None
 
 
-def _check_parameters(component: Component, module: Any) -> None:
+def check_parameters(component: Component, module: Any) -> None:
     """Refuse what no library makes: parameters with gaps, which cannot be packed as they are, and
     two that share memory without being the same object, of which one would be left behind."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -365,6 +373,11 @@ def _entry_hook_class() -> type:
             self.leaving: list[Callable[[], None]] = []
             self.loading: list[Callable[[], None]] = []
             self.entered: list[Callable[[], None]] = []
+
+        @property
+        def brings_weights(self) -> bool:
+            """Whether an engine streams this component; otherwise other engines are told."""
+            return bool(self.entered)
 
         def tell_others(self) -> None:
             for told in (*self.leaving, *self.loading):

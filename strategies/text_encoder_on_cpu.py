@@ -38,10 +38,7 @@ class TextEncoderOnCpu:
 
     def traits(self, module: Any) -> dict[str, Any]:
         """Whether it reads tokens by ``forward``; models of text and something else do not."""
-        return {
-            "reads_tokens": getattr(module, "main_input_name", None) == "input_ids"
-            and not hasattr(module, "get_text_features")
-        }
+        return {"reads_tokens": reads_tokens(module)}
 
     def options(
         self, component: Component, workload: Workload, gpu: Gpu
@@ -96,6 +93,13 @@ class TextEncoderOnCpu:
             undo.callback(handle.remove)
             undo.callback(module.register_forward_hook(to_gpu).remove)
             return undo.pop_all().close
+
+
+def reads_tokens(module: Any) -> bool:
+    """Whether *module* is a text encoder."""
+    return getattr(module, "main_input_name", None) == "input_ids" and not hasattr(
+        module, "get_text_features"
+    )
 
 
 def _is_done_first(component: Component, workload: Workload) -> bool:

@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 
 from pipefit.planner.standins import stand_in_tokenizer
+from pipefit.strategies.latent_output import Undecoded
 
 VOCABULARY = 1000
 """Tokens that the small text encoders know; the stand-in tokenizers stay below."""
@@ -416,6 +417,8 @@ def small_call(name: str) -> dict[str, Any]:
 def picture(pipe: Any, name: str, **changed: Any) -> torch.Tensor:
     """Call *pipe* with the small call of *name* and return its pictures or frames."""
     output = pipe(**{**small_call(name), **changed})
+    if isinstance(output, Undecoded):
+        output = output.decode(pipe)
     pictures = output.frames if hasattr(output, "frames") else output.images
     return torch.as_tensor(pictures)
 

@@ -372,8 +372,10 @@ def test_a_rest_up_to_one_mebibyte_stays_with_its_block() -> None:
 def test_cached_segments_are_given_back_before_the_capacity_is_exceeded() -> None:
     allocator = CachingAllocator(capacity_bytes=100 * MIB)
     allocator.free(allocator.allocate(60 * MIB))
+    assert allocator.num_alloc_retries == 0
     allocator.allocate(80 * MIB)
     assert allocator.reserved_bytes == 80 * MIB
+    assert allocator.num_alloc_retries == 1
     allocator.allocate(30 * MIB)
     assert allocator.reserved_bytes == 110 * MIB
 

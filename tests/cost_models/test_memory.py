@@ -3,6 +3,7 @@ that were measured on real GPUs."""
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from pipefit.cost_models.placement import (
     SequentialOffload,
 )
 from pipefit.cost_models.prediction import Choice
-from pipefit.cost_models.replay import SMALLEST_SETTLED_EVENTS
+from pipefit.cost_models.replay import SMALLEST_SETTLED_EVENTS, Replay
 from pipefit.cost_models.residency import offload_groups
 from pipefit.cost_models.units import GIB, KIB, MIB
 from pipefit.cost_models.workload import Event, Kernel, Routine, Workload
@@ -241,6 +242,29 @@ def test_cached_memory_is_given_back_where_the_process_is_held_to_a_budget() -> 
     held = simulate(found, choices(found, LEAVES_STREAMED), GPU, budget_bytes=budget_bytes)
     assert max(phase.promised_bytes for phase in held) <= budget_bytes
     assert [p.allocated_bytes for p in held] == [p.allocated_bytes for p in free]
+
+
+def test_what_fits_into_less_must_fit_where_memory_is_given_back_later_too() -> None:
+    sizes = (100, 116, 90, 20, 98)
+    events: list[Event] = [("a", 0, 100 * MIB), ("f", 0), ("a", 1, 116 * MIB), ("f", 1)]
+    events += [("a", n, sizes[n] * MIB) for n in (2, 3, 4)] + [("f", n) for n in (2, 3, 4)]
+    found = workload(
+        [linear_stack("unet", [KIB])],
+        [routine(*events)],
+        [("c", 0, "/unet", (), ())],
+        [("unet", "forward", 1)],
+    )
+    chosen = choices(found, RESIDENT)
+    (free,) = simulate(found, chosen, GPU)
+    # Below 218 MiB the second has the first given back, and the fourth fits beside the third. A
+    # process that may take 6 % more keeps both, and has them apart: nothing holds the fifth.
+    less, more = 217 * MIB, math.ceil(217 * MIB * (1 + SLACK_SHARE))
+    held = Replay(found, chosen, GPU, capacity_bytes=less)
+    held.run()
+    assert held.peak_reserved_bytes[0] <= less
+    (phase,) = simulate(found, chosen, GPU, budget_bytes=free.context_bytes + more)
+    assert phase.process_bytes > free.context_bytes + more
+    assert phase.allocated_bytes == free.allocated_bytes
 
 
 def test_what_an_earlier_phase_left_cached_asks_for_no_slack() -> None:

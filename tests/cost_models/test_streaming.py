@@ -12,7 +12,14 @@ from tests.cost_models.workloads import linear_stack, tensor
 from pipefit.cost_models.blocks import Block, Blocks, aligned
 from pipefit.cost_models.clock import steps_of
 from pipefit.cost_models.placement import Streaming
-from pipefit.cost_models.streaming import CallTimes, Window, cut_of, streamed_bytes, turns
+from pipefit.cost_models.streaming import (
+    CallTimes,
+    Window,
+    cut_of,
+    split_call_seconds,
+    streamed_bytes,
+    turns,
+)
 from pipefit.cost_models.transfers import BLOCK_HOOK_S, COPY_LATENCY_S
 from pipefit.cost_models.units import MIB
 
@@ -201,3 +208,38 @@ def test_what_leaves_is_there_in_its_own_turn_and_in_that_of_the_one_before() ->
     order = ("text", "net", "vae")
     assert turns(order, "net", None) == (False, True, False)
     assert turns(order, "net", "text") == (True, True, False)
+
+
+@given(
+    count=st.integers(2, 24),
+    gpu_s=compute,
+    size=sizes,
+    slots=st.integers(1, 4),
+    resident=st.integers(0, 24),
+)
+def test_one_gpu_of_a_split_takes_as_long_as_streaming_on_it(
+    count: int, gpu_s: float, size: int, slots: int, resident: int
+) -> None:
+    cut, how = equal_blocks(count, size), placed(min(resident, count - 1), slots)
+    whole = windows(count, gpu_s)
+    streamed = set(cut.streamed(how.resident_blocks))
+    parts = [(0, w.block if w.block in streamed else None, w.steps) for w in whole]
+    found_s = split_call_seconds(parts, {0: (cut, how)}, {0: RATE})
+    assert found_s == pytest.approx(call_times(whole, cut, how).later_s, rel=1e-6, abs=1e-9)
+
+
+@given(count=st.integers(2, 12), gpu_s=compute, size=sizes, slots=st.integers(1, 4))
+def test_while_one_gpu_computes_the_links_of_all_copy(
+    count: int, gpu_s: float, size: int, slots: int
+) -> None:
+    cut, how = equal_blocks(count, size), placed(0, slots)
+    parts = [(i, w.block, w.steps) for i in (0, 1) for w in windows(count, gpu_s)]
+    found_s = split_call_seconds(parts, {0: (cut, how), 1: (cut, how)}, {0: RATE, 1: 2 * RATE})
+    links_s, computing_s = count * size / RATE, 2 * count * gpu_s
+    assert found_s >= max(links_s, computing_s) * (1 - 1e-9)
+    # What a ring holds is copied while the other GPU computes, and the first call of the next step
+    # finds it there.
+    one_after_the_other_s = 1.5 * links_s + computing_s
+    assert found_s <= one_after_the_other_s + 2 * count * HOST_S
+    if not gpu_s and slots >= count:
+        assert found_s == pytest.approx(links_s, abs=2 * count * HOST_S)

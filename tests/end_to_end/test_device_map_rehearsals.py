@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tests.small_pipelines import small_call
 from tests.strategies.test_device_map import CARDS, CASES, untouched
@@ -11,6 +14,7 @@ from pipefit.cost_models.placement import Resident
 from pipefit.cost_models.prediction import Choice
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
+from pipefit.planner.plan import call_seconds
 from pipefit.planner.rehearse import rehearse
 from pipefit.planner.trace import trace
 from pipefit.strategies import strategy, traits_of
@@ -76,3 +80,31 @@ def test_a_stock_map_with_max_memory_is_carried_out_as_it_is_predicted(
     for phase in predicted.phases:
         found_bytes = held[phase.component, phase.entry, phase.device]
         assert phase.allocated_bytes == pytest.approx(found_bytes, rel=SAME)
+
+
+@pytest.mark.slow
+def test_a_split_that_streams_keeps_its_budgets_and_its_time_in_full_size() -> None:
+    on = reference_machine(["rtx-4090", "rtx-4090"], ram_bytes=128 * 10**9)
+    call = {"height": 512, "width": 512, "num_inference_steps": 4}
+    budgets = {0: 9 * 10**9, 1: 9 * 10**9}
+    made = {"call": call, "machine": on, "quality": "exact", "rehearse": False}
+    plan = api.plan("flux.1-schnell", budgets, **made)
+    option = next(o for o in plan.options if o.component == "transformer")
+    assert {*option.parameters} == {"split", "resident_blocks"}
+    verified = api.verify(plan, "flux.1-schnell", call=call)
+    assert verified.holds
+    predicted, rehearsed = next(
+        (one, other) for one, other in verified.phases if one and one.name == "denoise"
+    )
+    assert call_seconds(predicted, rehearsed) == pytest.approx(predicted.seconds, rel=0.05)
+    alone = api.plan("flux.1-schnell", budgets, **made, without=["device_map"])
+    assert plan.prediction.latency.call_s < 0.7 * alone.prediction.latency.call_s
+    said = re.search(
+        r"([\d.]+) s predicted, in twelve rounds .*`(resident_blocks=.*)`\), and ([\d.]+) s from",
+        (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8"),
+    )
+    assert said is not None
+    assert said[1] == f"{plan.prediction.latency.call_s:.2f}"
+    assert said[2] == f"resident_blocks={option.parameters['resident_blocks']}"
+    assert len(option.parameters["split"].split("+")) == 2 * 12
+    assert said[3] == f"{alone.prediction.latency.call_s:.2f}"

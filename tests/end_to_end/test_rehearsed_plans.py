@@ -18,15 +18,17 @@ from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import small_call
 
 import pipefit
+from pipefit.cost_models.memory import flushing_bytes
 from pipefit.cost_models.units import MIB
 from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.cli import main
 from pipefit.planner.decide import MAX_REHEARSALS, Configuration, Rehearse, decide
 from pipefit.planner.options import Pricing
-from pipefit.planner.plan import Plan, Rehearsed, RehearsedPeak
+from pipefit.planner.plan import Plan, Rehearsal, Rehearsed, RehearsedPeak
 from pipefit.planner.policy import Policy
 from pipefit.planner.rehearsals import QUICK_S, REHEARSED_STEPS, estimated_s, rehearsed_kernels
+from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import trace
 from pipefit.strategies import traits_of
@@ -111,6 +113,50 @@ def test_what_breaks_the_budget_in_its_rehearsal_is_not_chosen(
     assert refuted[0].process_bytes > budget_bytes - plain.prediction.peak_vram[0].slack_bytes
     assert [o.strategy for o in refuted[0].options] == [o.strategy for o in plain.options]
     assert "GiB more in decode" in " ".join(str(checked).split())
+
+
+def test_where_memory_was_given_back_the_budget_itself_is_rehearsed_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = made("1GB", rehearse=False)
+    flushing, budget_bytes = flushing_bytes(plain.gpu, 10**9), 10**9
+    bounds: list[int] = []
+
+    def fragmented(*asked: Any, budget_bytes: dict[int, int], **more: Any) -> Rehearsal:
+        """As the first candidate would be that gives memory back, and has gaps if that is late."""
+        found = rehearse(*asked, budget_bytes=budget_bytes, **more)
+        bounds.append(budget_bytes[0])
+        if len(bounds) == 2:
+            found.phases[-1].reserved_bytes = budget_bytes[0] + MIB
+        return replace(found, num_alloc_retries=1)
+
+    monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("pipefit.planner.rehearse.rehearse", fragmented)
+    plan = made("1GB", rehearse=True)
+    assert bounds == [flushing, budget_bytes] * 2
+    assert plan.rehearsal is not None
+    assert plan.rehearsal.within_budget
+    chosen = tuple(replace(option, reason="") for option in plain.options)
+    assert tuple(replace(option, reason="") for option in plan.options) != chosen
+    [refuted] = [a for a in plan.alternatives if "the rehearsal needs" in a.rejected_because]
+    assert refuted.options == chosen
+    assert refuted.process_bytes == budget_bytes + MIB
+
+
+@pytest.mark.slow
+def test_a_plan_that_gives_memory_back_holds_where_its_process_may_take_all_of_the_budget() -> None:
+    # Held to a little less, FLUX.1 with 78 blocks resident keeps 9 GB: then gaps lie elsewhere.
+    plan = api.plan(
+        "flux.1-schnell",
+        9 * 10**9,
+        call={"height": 512, "width": 512, "num_inference_steps": 4},
+        machine=reference_machine(["rtx-4090"], ram_bytes=64 * 10**9),
+        quality="exact",
+        rehearse=True,
+    )
+    verified = api.verify(plan)
+    assert verified.holds
+    assert verified.process_bytes[0] <= 9 * 10**9
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 
 FLOOR_DB = {"identical": math.inf} | {
     label: math.inf if psnr_db == "identical" else float(psnr_db) - MARGIN_DB
-    for label, _, _, psnr_db in ROW.findall(TEXT)
+    for label, _, _, psnr_db in ROW.findall(TEXT, TEXT.index("\n## What a picture loses\n"))
 }
 """Label -> the least PSNR of a picture under it."""
 

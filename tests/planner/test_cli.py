@@ -73,7 +73,7 @@ def test_the_help_names_every_command(capsys) -> None:
     without_command = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == without_command.strip()
-    for command in ("probe", "plan", "predict", "verify", "run", "catalog"):
+    for command in ("probe", "plan", "predict", "verify", "run", "catalog", "cache"):
         assert f"\n  {command} " in without_command
 
 
@@ -91,6 +91,25 @@ def test_the_catalogue_is_json_on_standard_output(capsys, tmp_path) -> None:
     ).items()
     assert len(catalogue["pipelines"]) >= 46
     assert json.loads(out.read_text("utf-8")) == catalogue
+
+
+def test_the_cache_is_shown_and_cleared(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))
+    assert main(["plan", "sdxl", "--gpu", "rtx-4060", "--vram", "8GB", "--no-rehearse"]) == 0
+    (tmp_path / "checkpoints" / "one.shards").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "one.shards" / "weights").write_bytes(bytes(3000))
+    capsys.readouterr()
+    assert main(["cache", "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["folder"] == str(tmp_path)
+    assert held["num_entries"] > 0
+    assert (held["num_checkpoints"], held["checkpoints_bytes"]) == (1, 3000)
+    assert main(["cache"]) == 0
+    assert "weights in shards, by component" in capsys.readouterr().out
+    assert main(["cache", "--clear", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)
+    assert (left["num_entries"], left["num_checkpoints"]) == (0, 0)
+    assert list(tmp_path.rglob("weights")) == []
 
 
 def test_probe_answers_without_a_driver() -> None:
@@ -166,7 +185,7 @@ def test_a_plan_is_json_alone_and_can_be_read_back(capsys, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_hopeless_budget_exits_with_3_and_names_the_smallest(capsys) -> None:
     arguments = ["plan", "sdxl", "--gpu", "rtx-4060", "--json", "--vram"]
-    assert main([*arguments, "500MB"]) == 3
+    assert main([*arguments, "300MB"]) == 3
     captured = capsys.readouterr()
     smallest = json.loads(captured.out)["smallest_budget_bytes"]["high"]
     assert captured.err.count("\n") == 1
@@ -222,6 +241,12 @@ def test_run_writes_the_picture(capsys, tmp_path: Path) -> None:
     assert json.loads(capsys.readouterr().out)["files"] == [str(out)]
     with Image.open(out) as picture:
         assert picture.size == (64, 64)
+
+
+def test_run_refuses_what_makes_no_file_before_anything_is_loaded(capsys, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert main(["run", str(tmp_path), "a cat", "--with", "latent_output"]) == 2
+    assert "latent_output" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,8 @@ def by_hand(sizes: Mapping[str, int], **blocks: int) -> Workload:
         routines.append(routine(("a", 0, MIB), ("k", 0), returns=(0,)))
         steps: list[Any] = []
         for i in range(count):
-            steps.append(("c", block, f"blocks.{i}", (i,), (i - 1,) if i else ()))
+            steps.append(("c", block, f"blocks.{i}", (i,), ()))
+            steps += [("f", i - 1)] if i else []
         routines.append(routine(*steps, returns=(count - 1,)))
         for _ in range(calls):
             number = len(root)
@@ -145,6 +146,50 @@ def test_what_fits_no_single_gpu_is_split_and_the_rest_goes_where_room_is() -> N
     assert keeps_its_budgets(plan)
     weights = {p.device: p.weights_bytes for p in plan.prediction.phases}
     assert sum(weights.values()) == pytest.approx(36 * GB, rel=1e-3)
+
+
+WIDE = {"text_encoder": 2 * GB, "transformer": 30 * GB}
+
+
+@pytest.mark.parametrize("totals", [(12, 11), (12, 8, 6)])
+def test_what_all_gpus_together_cannot_hold_is_streamed_to_each_of_them(
+    totals: tuple[int, ...],
+) -> None:
+    of, on = by_hand(WIDE, transformer=120), machine(*(total * GB for total in totals))
+    plan = planned(of, on)
+    split = next(o for o in plan.options if o.component == "transformer")
+    assert {*split.parameters} == {"split", "resident_blocks"}
+    assert len(plan.prediction.peak_vram) == len(totals)
+    assert keeps_its_budgets(plan)
+    # What is not resident is on the host, and comes over all links instead of one.
+    weights = {p.device: p.weights_bytes for p in plan.prediction.phases}
+    assert plan.prediction.pinned_bytes >= 30 * GB - sum(weights.values())
+    alone = planned(of, on, forbidden=("device_map",))
+    assert plan.prediction.latency.call_s < 0.6 * alone.prediction.latency.call_s
+    without = planned(of, on, forbidden=("streaming",))
+    assert not any("resident_blocks" in o.parameters for o in without.options)
+
+
+def test_nothing_of_a_split_is_on_the_host_where_the_gpus_have_room() -> None:
+    of, on = by_hand(WIDE, transformer=120), machine(*[24 * GB] * 2)
+    budgets = {gpu.index: gpu.total_bytes for gpu in on.gpus}
+    priced = DevicePricing(of, on, budgets, 0, lambda gpu: Pricing(of, gpu))
+    offered = priced.problems(Policy(budget_bytes=budgets))[-1].components["transformer"]
+    splits = [
+        c.payload.options[-1].parameters for c in offered if "split" in str(c.payload.options)
+    ]
+    assert splits
+    assert not any("resident_blocks" in parameters for parameters in splits)
+
+
+def test_ram_that_cannot_be_page_locked_rules_out_what_needs_it() -> None:
+    of, on = by_hand(WIDE, transformer=120), machine(12 * GB, 11 * GB)
+    poor = replace(on, host=replace(on.host, pinnable_bytes=6 * GB))
+    plan = planned(of, poor)
+    assert plan.prediction.pinned_bytes <= 6 * GB
+    assert not any(
+        "resident_blocks" in o.parameters and "split" in o.parameters for o in plan.options
+    )
 
 
 def test_a_plan_is_on_the_faster_gpu_where_both_have_room() -> None:
@@ -287,10 +332,24 @@ PAIR = reference_machine(["rtx-4060", "rtx-3060-12gb"], ram_bytes=32 * GB)
         ("stable_diffusion_xl", ("device_map:device=1@vae", "device_map:device=0@unet")),
         ("flux", ("device_map:device=1@text_encoder_2", "device_map:device=0@transformer")),
         ("flux", ("device_map:split=1:2+0:2@transformer",)),
+        (
+            "flux",
+            (
+                Option(
+                    strategy="device_map",
+                    component="transformer",
+                    parameters={
+                        "split": "0:2+1:2",
+                        "resident_blocks": "0:3+1:1",
+                        "max_block_bytes": 1 << 15,
+                    },
+                ),
+            ),
+        ),
     ],
 )
 def test_small_pipelines_keep_each_budget_in_their_rehearsal(
-    name: str, asked: Sequence[str]
+    name: str, asked: Sequence[str | Option]
 ) -> None:
     pipe, _ = untouched(name)
     call = {k: v for k, v in small_call(name).items() if k != "generator"}

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,7 @@ from pipefit.cost_models.workload import (
 )
 from pipefit.planner import trace_cache
 from pipefit.planner.trace_cache import cache_folder, cache_info, cached_trace, clear_cache
+from pipefit.strategies.sharded_checkpoint import SHARDS_SUFFIX, UNFINISHED_SUFFIX, rewrite
 
 # -- generated workloads
 
@@ -265,7 +268,9 @@ def test_our_own_code_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Mon
 DO_NOT_DECIDE = {
     "catalog",  # its entries are in the callers' keys
     "policy",  # what it asks for is in the callers' keys
+    "checkpoints",  # works on finished traces
     "apply",  # checks a live pipeline, whose state is in the callers' keys
+    "prompt",  # says whether text encoders can be dropped, under the whole code's version
     "snapshot",  # takes back what was applied
     "search",  # works on finished traces
     "trace_cache",
@@ -397,39 +402,64 @@ def test_a_folder_in_the_place_of_an_entry_does_not_matter(tmp_path: Path) -> No
 def test_the_least_recently_used_entries_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path / "traces"
+
     def add(number: int) -> None:
-        cached_trace({"n": number}, Counted(), folder=tmp_path)
+        cached_trace({"n": number}, Counted(), folder=folder)
 
     for number in range(3):
         add(number)
     entry_bytes = cache_info(tmp_path).entries_bytes // 3
-    for age_s, path in enumerate(entry_paths(tmp_path), start=1000):
+    for age_s, path in enumerate(entry_paths(folder), start=1000):
         os.utime(path, (age_s, age_s))
     add(0)  # used again, and so the last to go
     monkeypatch.setattr(trace_cache, "LIMIT_BYTES", 2 * entry_bytes + entry_bytes // 2)
     add(3)
     assert cache_info(tmp_path).num_entries == 2
     for number in (0, 3):
-        cached_trace({"n": number}, forbidden, folder=tmp_path)
+        cached_trace({"n": number}, forbidden, folder=folder)
 
 
 def test_the_cache_says_what_it_holds_and_forgets_it(tmp_path: Path) -> None:
-    folder = tmp_path / "none yet"
-    assert cache_info(folder).num_entries == 0
+    cache = tmp_path / "none yet"
+    assert cache_info(cache).num_entries == 0
+    folder = cache / "traces"
     cached_trace({}, Counted(), folder=folder)
     (folder / "from a killed process.unfinished").write_bytes(b"12345")
     (folder / "somebody's notes.txt").write_text("stay")
-    held = cache_info(folder)
+    held = cache_info(cache)
     assert held.entries_bytes == entry_paths(folder)[0].stat().st_size + 5
-    assert clear_cache(folder).entries_bytes == 0
+    assert clear_cache(cache).entries_bytes == 0
     assert [path.name for path in folder.iterdir()] == ["somebody's notes.txt"]
+
+
+def test_weights_in_shards_are_counted_and_removed(tmp_path: Path) -> None:
+    """Those that a killed process left as well, and nothing that somebody else put there."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"a": torch.ones(8), "b": torch.ones(8)}, folder / "pytorch_model.bin")
+    shards = rewrite(folder, 40, tmp_path / "checkpoints")
+    killed = Path(tempfile.mkdtemp(suffix=UNFINISHED_SUFFIX, dir=shards.parent))
+    (killed / "0").write_bytes(b"12345")
+    (shards.parent / "somebody's weights").mkdir()
+    (shards.parent / "somebody's notes.shards").write_text("stay")
+    held = cache_info(tmp_path)
+    assert held.num_checkpoints == 2
+    assert held.checkpoints_bytes == sum(file.stat().st_size for file in shards.iterdir()) + 5
+    left = clear_cache(tmp_path)
+    assert (left.num_checkpoints, left.checkpoints_bytes) == (0, 0)
+    assert {path.name for path in shards.parent.iterdir()} == {
+        "somebody's weights",
+        "somebody's notes.shards",
+    }
+    assert trace_cache.CHECKPOINT_SUFFIXES == (SHARDS_SUFFIX, UNFINISHED_SUFFIX)
 
 
 def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPEFIT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     cached_trace({}, Counted())
-    assert cache_info().folder == tmp_path / "traces"
+    assert cache_info().folder == tmp_path
     assert cache_info().num_entries == 1
 
 
@@ -459,7 +489,7 @@ def make(number):
                     kernels=(), routines=(), root=(), phases=())
 for i in range(60):
     number = i % 3
-    workload = cached_trace({"n": number}, lambda: make(number), folder=folder)
+    workload = cached_trace({"n": number}, lambda: make(number), folder=folder / "traces")
     assert workload == make(number)
     if i % 10 == 9:
         clear_cache(folder)

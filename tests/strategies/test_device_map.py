@@ -10,10 +10,19 @@ import torch
 from tests.end_to_end.small_runs import untouched
 from tests.small_pipelines import picture, small_call
 
-from pipefit.cost_models.devices import blocks_of_split, place_of, places_of, split_bytes
+from pipefit.cost_models.allocator import allocated_bytes
+from pipefit.cost_models.devices import (
+    blocks_of_split,
+    place_of,
+    places_of,
+    split_bytes,
+    split_host_bytes,
+    streamed_parts,
+)
+from pipefit.cost_models.host_memory import host_bytes
 from pipefit.cost_models.placement import Split
 from pipefit.cost_models.workload import Component
-from pipefit.errors import InvalidRequest
+from pipefit.errors import ApplyFailed, InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import find_gpu
 from pipefit.planner.rehearse import on_stage
@@ -30,6 +39,11 @@ CARDS = [CARD, replace(CARD, index=1)]
 
 STREAMED = {"resident_blocks": 0, "when_idle": "leave", "max_block_bytes": 1 << 15}
 """Small enough for the blocks of a small pipeline to be cut."""
+
+
+ON_HOST = {"resident_blocks": "0:1+1:2", "max_block_bytes": 1 << 15}
+IN_TURNS = {**ON_HOST, "split": "0:1+1:1+0:1+1:1"}
+HALF = {"resident_blocks": "1:0", "max_block_bytes": 1 << 15}
 
 
 def described(pipe: Any, name: str) -> Component:
@@ -63,13 +77,13 @@ def away(*names: str, how: str = "resident", **parameters: Any) -> Any:
     return options
 
 
-def split(name: str) -> Any:
+def split(name: str, **streamed: Any) -> Any:
     """*name* in halves, the rest of the pipeline resident on GPU 0."""
 
     def options(pipe: Any) -> list[Option]:
         count = len(blocks_of_split(described(pipe, name)))
-        halves = f"0:{count // 2}+1:{count - count // 2}"
-        found = [Option(strategy="device_map", component=name, parameters={"split": halves})]
+        parameters = {"split": f"0:{count // 2}+1:{count - count // 2}", **streamed}
+        found = [Option(strategy="device_map", component=name, parameters=parameters)]
         return found + [
             Option(strategy="resident", component=other)
             for other in module_components(pipe)
@@ -99,6 +113,9 @@ CASES = {
     "streamed on another": ("flux", away("text_encoder_2", how="streaming", **STREAMED)),
     "a split transformer": ("flux", split("transformer")),
     "a split text encoder": ("flux", split("text_encoder_2")),
+    "a transformer that the host helps to hold": ("flux", split("transformer", **ON_HOST)),
+    "GPUs that take turns and stream": ("flux", split("transformer", **IN_TURNS)),
+    "a text encoder of which one part streams": ("flux", split("text_encoder_2", **HALF)),
     "a transformer as accelerate maps it": ("pixart_sigma", mapped("transformer")),
     "a language model": ("sana", away("text_encoder")),
 }
@@ -164,6 +181,63 @@ def test_every_tensor_of_a_split_lies_on_one_gpu() -> None:
     sizes = [sum(split_bytes(component, halves, device)) for device in (0, 1)]
     assert sum(sizes) == component.weight_bytes
     assert min(sizes) > 0
+
+
+def test_a_gpu_that_streams_holds_its_slots_and_what_stays_to_the_byte() -> None:
+    pipe, _ = untouched("flux")
+    component = described(pipe, "transformer")
+    [asked, *_] = split("transformer", **ON_HOST)(pipe)
+    streamed = strategy("device_map").placement(asked.parameters)
+    whole = replace(streamed, resident_blocks=())
+    with on_stage(pipe, CARDS) as stage:
+        before = [gpu.allocator.allocated_bytes for gpu in stage.gpus]
+        with apply_options(stage.pipe, [asked], "cuda:0"):
+            held = [gpu.allocator.allocated_bytes for gpu in stage.gpus]
+        assert [gpu.allocator.allocated_bytes for gpu in stage.gpus] == before == [0, 0]
+    assert held == [allocated_bytes(split_bytes(component, streamed, i)) for i in (0, 1)]
+    assert all(n < allocated_bytes(split_bytes(component, whole, i)) for i, n in enumerate(held))
+    parts = streamed_parts(component, streamed)
+    slots_bytes = sum(
+        how.num_slots * cut.slot_bytes(how.resident_blocks) for cut, how in parts.values()
+    )
+    away = [cut.blocks[n] for cut, how in parts.values() for n in cut.streamed(how.resident_blocks)]
+    kept_bytes = sum(sum(split_bytes(component, streamed, i)) for i in (0, 1)) - slots_bytes
+    assert kept_bytes + sum(block.weight_bytes for block in away) == component.weight_bytes
+    assert split_host_bytes(component, streamed) == sum(block.num_bytes for block in away)
+    assert host_bytes(component, streamed).pinned_bytes == split_host_bytes(component, streamed)
+
+
+def test_a_split_that_streams_survives_an_interrupted_call() -> None:
+    pipe, expected = untouched("flux")
+    before = snapshot(pipe, with_values=True)
+    with apply_options(pipe, split("transformer", **ON_HOST)(pipe), "cpu"):
+        part = pipe.transformer.transformer_blocks[0].ff
+        whole = part.forward
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        part.forward = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            picture(pipe, "flux")
+        part.forward = whole
+        assert torch.equal(picture(pipe, "flux"), expected)
+    assert differences(before, snapshot(pipe, with_values=True)) == ()
+
+
+def test_what_a_split_cannot_stream_is_left_as_it_was() -> None:
+    pipe, _ = untouched("flux")
+    before = snapshot(pipe, with_values=True)
+    attention = pipe.transformer.transformer_blocks[0].attn
+    weight = attention.to_q.weight
+    wide = torch.zeros(weight.shape[0], 2 * weight.shape[1])
+    attention.to_q.weight = torch.nn.Parameter(wide[:, ::2], requires_grad=False)
+    try:
+        with pytest.raises(ApplyFailed, match="device_map@transformer failed"):
+            apply_options(pipe, split("transformer", **ON_HOST)(pipe), "cpu")
+    finally:
+        attention.to_q.weight = weight
+    assert differences(before, snapshot(pipe, with_values=True)) == ()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -241,9 +315,16 @@ def test_a_room_that_is_no_size_is_refused_in_a_sentence(size: str) -> None:
         ("flux", "vae", {"map": {"encoder": "cpu"}}, "index of a GPU"),
         ("flux", "vae", {"device": -1}, "index of a GPU"),
         ("flux", "transformer", {"split": "0:1"}, "numbers of blocks by GPU"),
-        ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice"),
+        ("flux", "transformer", {"split": "0:1+0:1"}, "names a GPU twice in a row"),
         ("flux", "transformer", {"split": "0:1+1:99"}, "places 100"),
         ("flux", "vae", {"split": "0:1+1:1"}, "no row of blocks"),
+        ("flux", "vae", {"device": 1, "resident_blocks": "1:0"}, "name the split"),
+        ("flux", "transformer", {"split": "0:2+1:2", "resident_blocks": 3}, "by GPU, as in 0:20"),
+        ("flux", "transformer", {"split": "0:2+1:2", "resident_blocks": "1:0+1:1"}, "GPU twice"),
+        ("flux", "transformer", {"split": "0:2+1:2", "resident_blocks": "1:0"}, "has 0 blocks"),
+        ("flux", "transformer", {"split": "0:2+1:2", **ON_HOST, "max_block_bytes": 0}, "at least"),
+        ("flux", "transformer", {"split": "0:2+1:2", **ON_HOST, "resident_blocks": "1:8"}, "has 8"),
+        ("flux", "transformer", {"split": "0:2+1:2", **ON_HOST, "resident_blocks": "7:0"}, "has 0"),
         ("stable_diffusion_xl", "unet", {"split": "0:1+1:1"}, "no row of blocks"),
     ],
 )

@@ -21,12 +21,15 @@ from pipefit.strategies.live import (
     GROUP_OFFLOADING_HOOKS,
     LAYERWISE_CASTING_HOOK,
     OFFLOAD_ATTRIBUTES,
+    PROGRESS_BAR,
     attention_registry,
     diffusers_hook,
+    execution_device,
     hook_restorer,
     hooks_of,
     reads_flag,
     remove_group_offloading,
+    without_progress_bar,
 )
 
 VERSIONS = f"diffusers {diffusers.__version__}, accelerate {accelerate.__version__}"
@@ -38,6 +41,18 @@ def test_blocks_keep_the_size_of_their_parts_where_we_look() -> None:
     block.set_chunk_feed_forward(2, dim=1)
     assert tuple(before) == CHUNKING_ATTRIBUTES, VERSIONS
     assert [getattr(block, name) for name in CHUNKING_ATTRIBUTES] == [2, 1], VERSIONS
+
+
+def test_pipelines_keep_what_their_progress_bar_is_given_where_we_look() -> None:
+    pipe = SMALL_PIPELINES["flux"]()
+    before = dict(vars(pipe))
+    pipe.set_progress_bar_config(disable=True, leave=False)
+    new = {key for key, value in vars(pipe).items() if before.get(key) != value}
+    assert new == {PROGRESS_BAR}, VERSIONS
+    restore = without_progress_bar(pipe)
+    assert pipe.progress_bar(total=1).disable, VERSIONS
+    restore()
+    assert getattr(pipe, PROGRESS_BAR) == {"disable": True, "leave": False}, VERSIONS
 
 
 def test_group_offloading_registers_under_the_names_that_we_remove() -> None:
@@ -67,6 +82,12 @@ def test_accelerate_keeps_its_hook_where_we_look() -> None:
     add_hook_to_module(module, AlignDevicesHook(), append=True)
     assert hasattr(module, ACCELERATE_HOOK), VERSIONS
     assert hooks_of(module) == {"": ("AlignDevicesHook", "AlignDevicesHook")}, VERSIONS
+
+
+def test_a_pipeline_computes_where_we_look() -> None:
+    pipe = SMALL_PIPELINES["pixart_sigma"]()
+    assert execution_device(pipe) == torch.device("cpu"), VERSIONS
+    assert execution_device(pipe.to("meta")) == torch.device("meta"), VERSIONS
 
 
 def test_offloading_writes_the_attributes_that_we_restore() -> None:

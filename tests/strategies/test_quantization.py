@@ -280,10 +280,9 @@ def test_loading_is_the_peak_of_flux_in_four_bits_under_model_offload() -> None:
 
 
 def test_a_loaded_pipeline_is_told_to_load_again() -> None:
-    with pytest.raises(UnsupportedPipeline, match="load it by from_single_file"):
-        QUANTIZATION.apply(None, "transformer", {"backend": "gguf", "type": "Q8_0"}, "cpu")
-    with pytest.raises(UnsupportedPipeline, match=r"let pipefit\.load do it"):
-        QUANTIZATION.apply(None, "transformer", {"backend": "bitsandbytes", "type": "nf4"}, "cpu")
+    for backend, type_ in (("gguf", "Q8_0"), ("bitsandbytes", "nf4")):
+        with pytest.raises(UnsupportedPipeline, match=r"let pipefit\.load do it"):
+            QUANTIZATION.apply(None, "transformer", {"backend": backend, "type": type_}, "cpu")
 
 
 @pytest.mark.parametrize(
