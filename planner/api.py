@@ -136,7 +136,28 @@ def plan(
     in ``Plan.rehearsal``, and what it refuted among the alternatives.
     """
     machine = probe() if machine is None else machine
-    policy = _policy(vram_budget, machine, quality, ram, with_, without, compile)
+    return plan_by(
+        policy_of(vram_budget, machine, quality, ram, with_, without, compile),
+        pipe_or_name,
+        call=call,
+        machine=machine,
+        dtype=dtype,
+        rehearse=rehearse,
+        progress=progress,
+    )
+
+
+def plan_by(
+    policy: Policy,
+    pipe_or_name: Any,
+    *,
+    call: Mapping[str, Any] | None,
+    machine: Machine,
+    dtype: Mapping[str, str] | str | None,
+    rehearse: bool | None,
+    progress: Progress | None,
+) -> Plan:
+    """Return the best plan under *policy*; all else is as in :func:`plan`."""
     _check_devices(policy.required, policy.budget_bytes)
     device = min(policy.budget_bytes) if len(policy.budget_bytes) == 1 else None
     gpus = {g.index: g for g in machine.gpus if g.index in policy.budget_bytes}
@@ -453,7 +474,7 @@ def _options(strategies: Strategies) -> tuple[Option, ...]:
     return tuple(found)
 
 
-def _policy(
+def policy_of(
     budget: BudgetRequest,
     machine: Machine,
     quality: str | Quality,
@@ -462,6 +483,11 @@ def _policy(
     without: Sequence[str],
     compile_allowed: bool,
 ) -> Policy:
+    """Return what was asked for, understood and free of contradictions.
+
+    Raises:
+        InvalidRequest, UnknownName: naming what was not understood.
+    """
     names = [s.name for s in BUILT_IN]
     unwanted = [without] if isinstance(without, str) else without
     required, forbidden = _options(with_), tuple(check_strategy_name(n, names) for n in unwanted)

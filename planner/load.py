@@ -93,17 +93,13 @@ def load(
         bare, info = build_pipeline(folder, dtype=_dtypes(recommended, dtype))
         chosen = dict(info.dtype)
     machine, budget = api.machine_and_budget(device, vram_budget)
-    made = api.plan(
+    policy = api.policy_of(budget, machine, quality, ram, with_, without, compile)
+    made = api.plan_by(
+        replace(policy, installed_only=True),
         folder,
-        budget,
         call=call,
         machine=machine,
         dtype=chosen,
-        quality=quality,
-        with_=with_,
-        without=without,
-        compile=compile,
-        ram=ram,
         rehearse=rehearse,
         progress=progress,
     )

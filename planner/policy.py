@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipefit.cost_models import serial
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.units import KIB, format_bytes, parse_bytes
 from pipefit.errors import InvalidRequest, UnknownName
@@ -46,6 +47,8 @@ class Policy:
     compile_allowed: bool = False
     notes: tuple[str, ...] = field(default=())
     """What was made of the request where that is not what it says, one sentence each."""
+    installed_only: bool | None = field(default=None, metadata={serial.OMITTED: True})
+    """Offer no storage whose package is missing here; else the plan says what it needs."""
 
 
 def parse_budget(value: BudgetRequest, machine: Machine) -> dict[int, int]:

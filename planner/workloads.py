@@ -123,7 +123,7 @@ def observe(
             continue  # only offered: what is asked for may not go with it, or the call
         if _meets(plain, workload, options, policy):
             found.append(_observed(workload, options, plain, policy, is_loaded=is_loaded))
-    notes = _unoffered(plain, gpu, policy) if is_loaded else ()
+    notes = _unoffered(plain, gpu, policy, is_loaded=is_loaded)
     return [
         replace(
             one,
@@ -320,7 +320,7 @@ def _storages(
 
     Each on the denoisers alone and on all that take it. None where one is asked for: how weights
     are stored is decided then. Of a pipeline that *is_loaded* only what can be put in force on it
-    here and now.
+    here and now, of one that will be loaded at once only what can be loaded here.
     """
     storing = [one for one in BUILT_IN if isinstance(one, Imitated)]
     if {one.name for one in storing} & {option.strategy for option in policy.required}:
@@ -332,9 +332,9 @@ def _storages(
             continue
         for component in workload.components:
             for parameters in one.options(component, workload, gpu):
-                if is_loaded and not (
-                    one.goes_on_loaded(parameters) and not one.missing_package(parameters)
-                ):
+                if is_loaded and not one.goes_on_loaded(parameters):
+                    continue
+                if (is_loaded or policy.installed_only) and one.missing_package(parameters):
                     continue
                 option = Option(strategy=one.name, component=component.name, parameters=parameters)
                 if quality_of(option).rank <= policy.quality.rank:
@@ -364,15 +364,17 @@ def _meets(plain: Workload, workload: Workload, options: Sequence[Option], polic
     return True
 
 
-def _unoffered(workload: Workload, gpu: Gpu, policy: Policy) -> tuple[str, ...]:
-    """Say what the quality allows and a pipeline that is loaded already cannot be given here."""
+def _unoffered(workload: Workload, gpu: Gpu, policy: Policy, *, is_loaded: bool) -> tuple[str, ...]:
+    """Say what the quality allows and the pipeline cannot be given here."""
     notes = []
-    for options in _storages(workload, gpu, policy, is_loaded=False):
+    anywhere = replace(policy, installed_only=None)
+    here = is_loaded or policy.installed_only
+    for options in _storages(workload, gpu, anywhere, is_loaded=False) if here else ():
         one, parameters = strategy(options[0].strategy), options[0].parameters
         assert isinstance(one, Imitated)
         missing = one.missing_package(parameters)
         told = ",".join(f"{key}={value}" for key, value in parameters.items())
-        if not one.goes_on_loaded(parameters):
+        if is_loaded and not one.goes_on_loaded(parameters):
             notes.append(
                 f"{one.name}:{told} is not offered: the pipeline is loaded already, and the "
                 "library does it while it loads; pipefit.load can."

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+from tests.end_to_end.small_runs import save
 from tests.small_pipelines import flux, small_call, stable_diffusion
 
 from pipefit.errors import InvalidRequest, UnknownName
@@ -108,6 +110,26 @@ def test_what_is_asked_of_the_load_is_in_every_workload() -> None:
     )
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here"
+)
+def test_what_is_loaded_at_once_is_offered_only_what_is_installed(tmp_path: Path) -> None:
+    save(flux(), tmp_path)
+    [gpu] = reference_machine(["rtx-4060"]).gpus
+    anywhere = Policy(budget_bytes={0: gpu.total_bytes}, quality=Quality.LOW)
+
+    def seen(policy: Policy) -> tuple[set[Any], str]:
+        found = observe(tmp_path, small_call("flux"), gpu=gpu, policy=policy)
+        options = [option for one in found for option in one.load_options]
+        backends = {o.parameters["backend"] for o in options if o.strategy == "quantization"}
+        return backends, " ".join(found[0].workload.assumptions)
+
+    assert seen(anywhere)[0] == {"torchao", "bitsandbytes"}
+    backends, said = seen(replace(anywhere, installed_only=True))
+    assert backends == {"torchao"}
+    assert "not offered: it needs `pip install bitsandbytes`" in said
+
+
 @pytest.mark.parametrize(
     ("specs", "error", "says"),
     [
@@ -182,7 +204,7 @@ def test_what_a_loaded_pipeline_is_past_is_not_offered_and_said(flux_workload: A
     ways = _storages(flux_workload, RTX_4060, _policy(Quality.LOW), is_loaded=True)
     packed = [o.parameters for way in ways for o in way if o.strategy == "quantization"]
     assert "layerwise_casting" in {o.strategy for way in ways for o in way}
-    said = _unoffered(flux_workload, RTX_4060, _policy(Quality.LOW))
+    said = _unoffered(flux_workload, RTX_4060, _policy(Quality.LOW), is_loaded=True)
     nf4 = "quantization:backend=bitsandbytes,type=nf4 is not offered: the pipeline is loaded"
     assert any(note.startswith(nf4) for note in said)
     # What torchao makes of a live pipeline is offered where torchao is.
@@ -191,7 +213,7 @@ def test_what_a_loaded_pipeline_is_past_is_not_offered_and_said(flux_workload: A
     is_missing = importlib.util.find_spec("torchao") is None
     assert any(note.endswith(missing) for note in said) == is_missing
     assert packed == ([] if is_missing else [int8] * 4)
-    assert _unoffered(flux_workload, RTX_4060, _policy(Quality.HIGH)) == ()
+    assert _unoffered(flux_workload, RTX_4060, _policy(Quality.HIGH), is_loaded=True) == ()
 
 
 @pytest.mark.parametrize(
