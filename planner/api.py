@@ -407,7 +407,8 @@ def _check_fingerprint(pipe: Any, plan: Plan) -> None:
     if found != plan.fingerprint:
         raise PlanMismatch(
             f"The plan was made for a pipeline with fingerprint {plan.fingerprint}, but this "
-            f"{type(pipe).__name__} has {found}: plan again for this pipeline."
+            f"{type(pipe).__name__} has {found}: give the pipeline or folder that it was made for, "
+            "or plan again for this one."
         )
 
 

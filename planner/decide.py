@@ -403,7 +403,13 @@ def decide(
         policy=policy,
         options=options,
         prediction=replace(
-            prediction, assumptions=(*policy.notes, *machine.notes, *prediction.assumptions)
+            prediction,
+            assumptions=(
+                *policy.notes,
+                *machine.notes,
+                *_ram_notes(policy, prediction.host_ram_bytes),
+                *prediction.assumptions,
+            ),
         ),
         quality=quality_of(options),
         next_quality=_next_gain(best, limits, policy, lower),
@@ -426,6 +432,17 @@ def limits_of(policy: Policy, machine: Machine, device: int | None, extra_ram_by
         budget_bytes=policy.budget_bytes if device is None else policy.budget_bytes[device],
         ram_bytes=ram_bytes,
         pinnable_bytes=min(host.pinnable_bytes, ram_bytes),
+    )
+
+
+def _ram_notes(policy: Policy, host_ram_bytes: int) -> tuple[str, ...]:
+    """Say where the process is larger than a RAM budget: sums count what waits in RAM alone."""
+    if policy.ram_bytes is None or host_ram_bytes <= policy.ram_bytes:
+        return ()
+    return (
+        f"Host RAM is above the {format_bytes(policy.ram_bytes)} asked for, which holds what waits "
+        "there between calls: while weights are read the kernel drops pages of files when RAM is "
+        "short, but not weights that are quantised or cast then.",
     )
 
 

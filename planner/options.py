@@ -202,6 +202,8 @@ def check_required(workload: Workload, policy: Policy, gpu: Gpu | None = None) -
             raise InvalidRequest(
                 f"Strategy {one.name} is for the whole pipeline: leave @{option.component} out."
             )
+        if reasons.get(option.component or ""):
+            continue  # said below, of that component; what is misspelt is no placement
         if isinstance(one.placement(option.parameters), ModelOffload) and not (
             workload.offload_sequence
         ):

@@ -80,8 +80,8 @@ def _asked_bytes(value: BudgetRequest, machine: Machine) -> dict[int, int]:
     gpus = {gpu.index: gpu for gpu in machine.gpus}
     if not gpus:
         raise InvalidRequest(
-            "A VRAM budget needs a GPU, and none was found: "
-            "name one of the catalogue, like rtx-4060, or see what `pipefit probe` says."
+            "A VRAM budget needs a GPU, and none was found: plan for one of the catalogue (--gpu "
+            'rtx-4060), or let the CPU stand for it (--device cpu, device="cpu").'
         )
     if value is None:
         return {index: gpu.free_bytes for index, gpu in gpus.items()}

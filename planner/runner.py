@@ -55,7 +55,13 @@ def run_pipeline(
     arguments = dict(call)
     if seed is not None:
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
-    output = pipe(**arguments)
+    try:
+        output = pipe(**arguments)
+    except (TypeError, ValueError) as error:  # as pipelines refuse arguments
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidRequest(
+            f"{type(pipe).__name__} refused the call ({said}): check the prompt and --set."
+        ) from error
     target = out or Path(Path(name).name + default_suffix(output))
     return Run(
         plan=pipe.pipefit.plan,

@@ -260,7 +260,7 @@ def _worse(selection: Selection, chosen: Selection) -> str:
     if selection.quality_rank > chosen.quality_rank:
         return "as fast, but lower quality"
     if selection.peak_bytes > chosen.peak_bytes:
-        return f"as fast, but {format_bytes(selection.peak_bytes - chosen.peak_bytes)} more memory"
+        return "as fast, but more memory"  # what it saves by giving memory back aside
     if selection.num_strategies > chosen.num_strategies:
         return "as fast and as large, but more strategies"
     return "no better in time or memory"

@@ -49,9 +49,9 @@ def loader_config(library: str, parameters: Mapping[str, Any], dtype: str) -> An
         return of.QuantoConfig(weights_dtype=type_, modules_to_not_convert=left_out)
     if backend == "gguf" and "file" in parameters and Path(parameters["file"]).is_file():
         return diffusers.GGUFQuantizationConfig(compute_dtype=getattr(torch, dtype))
+    named = f"file={parameters['file']} is none" if "file" in parameters else "no file= was given"
     raise InvalidRequest(
-        f"quantization:backend=gguf reads a file, but file= names {parameters.get('file')!r}: give "
-        "the path of a .gguf file that is there."
+        f"quantization:backend=gguf reads a file, but {named}: give the path of a .gguf file."
     )
 
 

@@ -276,6 +276,8 @@ class Quantization:
         when = "once the plan is applied" if is_loaded else "when it is loaded"
         if not goes_on_loaded:
             when = "when it is loaded, not afterwards"
+        if backend == "gguf" and "file" not in parameters:
+            when += ", which needs file=PATH"
         parts = [
             f"{after.name} is quantised by {backend} {when}"
             + (f": needs `pip install {missing}`." if missing else ".")

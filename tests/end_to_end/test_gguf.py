@@ -122,6 +122,12 @@ def test_a_file_that_stores_more_than_was_planned_is_refused(folder: Path) -> No
         asked(folder, "Q4_0", file="small-Q8_0.gguf")
 
 
+def test_a_plan_without_a_file_says_that_a_load_needs_one(folder: Path) -> None:
+    asked_for = ["quantization:backend=gguf,type=Q8_0@transformer"]
+    found = pipefit.predict(folder, asked_for, machine=reference_machine(["rtx-4060"]))
+    assert "needs file=PATH" in " ".join(found.assumptions)
+
+
 @pytest.mark.parametrize("file", ["missing.gguf", "."])
 def test_a_file_that_is_not_there_is_said(folder: Path, file: str) -> None:
     with pytest.raises(pipefit.InvalidRequest, match=r"path of a \.gguf file"):

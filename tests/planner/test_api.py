@@ -213,3 +213,26 @@ def test_model_offload_is_refused_where_a_class_orders_it_in_its_own_way() -> No
     machine = reference_machine(["rtx-4060"])
     with pytest.raises(pipefit.InvalidRequest, match="model_cpu_offload_seq"):
         pipefit.predict("audioldm2", ["model_offload"], machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("streaming:resident_block=1@transformer", "it knows resident_blocks"),
+        ("streaming:resident_block=1", "it knows resident_blocks"),
+        ("group_offload:foo=1@vae", "has no parameter 'foo'"),
+    ],
+)
+def test_a_parameter_with_a_slip_is_refused(spec: str, says: str) -> None:
+    pipe, _ = untouched("flux")
+    with pytest.raises(pipefit.InvalidRequest, match=says):
+        api.predict(pipe, [spec], call=small_call("flux"), machine=reference_machine(["rtx-4060"]))
+
+
+def test_a_plan_says_where_its_process_is_larger_than_a_budget_of_ram() -> None:
+    pipe, _ = untouched("flux")
+    machine = reference_machine(["rtx-4060"])
+    asked = {"call": small_call("flux"), "machine": machine, "rehearse": False}
+    small, enough = (api.plan(pipe, "1GB", ram=ram, **asked) for ram in ("1.5GB", "8GB"))
+    assert "Host RAM is above the 1.40 GiB asked for" in " ".join(small.assumptions)
+    assert "Host RAM is above" not in " ".join(enough.assumptions)

@@ -243,6 +243,20 @@ def test_run_writes_the_picture(capsys, tmp_path: Path) -> None:
         assert picture.size == (64, 64)
 
 
+def test_run_says_in_one_sentence_that_the_pipeline_refused_the_call(
+    capsys, tmp_path: Path
+) -> None:
+    from tests.small_pipelines import stable_diffusion
+
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    arguments = ["run", str(tmp_path / "model"), "--device", "cpu", "--vram", "4GB"]
+    arguments += ["--set", "height=64", "--set", "width=64", "--out", str(tmp_path / "a.png")]
+    assert main([*arguments, "--no-rehearse"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "StableDiffusionPipeline refused the call" in said
+    assert "prompt" in said
+
+
 def test_run_refuses_what_makes_no_file_before_anything_is_loaded(capsys, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     assert main(["run", str(tmp_path), "a cat", "--with", "latent_output"]) == 2
