@@ -12,7 +12,6 @@ with empty caches, less with warm ones.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ import diffusers
 import torch
 
 from benchmarks.published.held_out import OURS, RULES, LeftOut, leave_one_out
-from benchmarks.published.predictions import KINDS, OUTLIER, Row, rows_of
+from benchmarks.published.predictions import KINDS, Row, rows_of
 from benchmarks.published.records import RECORDS, load
 
 DOC = Path(__file__).parent.parent / "docs" / "accuracy.md"
@@ -70,13 +69,7 @@ def summary(rows: Sequence[Row]) -> Summary:
 
 def page(rows: Sequence[Row], left_out: Sequence[LeftOut], seconds: float) -> str:
     """Return docs/accuracy.md."""
-    compiled = [row for row in rows if row.is_compiled and row.predicted_gib is not None]
     num_missing = sum(row.predicted_gib is None for row in rows)
-    num_within = sum(abs(row.error) <= OUTLIER for row in compiled)
-    under = [row.error for row in compiled if row.error < -OUTLIER]
-    are_under = f"{len(under)} are more than that under"
-    if under:
-        are_under += f" ({max(under):+.1%} to {min(under):+.1%})"
     return f"""\
 # How well memory is predicted
 
@@ -90,16 +83,15 @@ Every pipeline weighs the same: *median* and *90 %* are over pipelines, each wit
 median of its absolute errors. *Worst* and *most under* are single records; *under* is the share
 of records that are predicted too low.
 
-Not in these figures: {num_missing} records that cannot be asked, each with the reason, and {len(compiled)} whose
-peak is that of a component under `torch.compile` (‡), which pipefit does not predict; {num_within} of them
-are within {OUTLIER:.0%} of the eager prediction all the same, and {are_under}.
+Not in these figures: {num_missing} records that cannot be asked, each with the reason.
 
 † the record's own weights and the predicted growth, because how they are stored is not modelled.
 
 How much of it is in-sample: most of these records were known when the rules were found. What was
 read off them is which scratch a convolution takes (found again below without each pipeline, except
 for those of more than 2³¹ elements, which one pipeline alone has) and what a source ran besides: its version of diffusers, a safety checker, how it quantised. Not read
-off them: tensors, allocator, cuBLAS, attention, storage formats, hooks, context. No rule was
+off them: tensors, allocator, cuBLAS, attention, storage formats, hooks, context. What compiling takes
+was read from torch's source, where these records made us look ([compile.md](compile.md)). No rule was
 chosen by the records of SSD-1B, Latte and Krea-2; ERNIE-Image-Turbo's settled that an embedding
 in its configuration is tied. How memory is predicted, and which records stay unexplained, is
 in [memory.md](memory.md).
@@ -141,21 +133,19 @@ def _ram_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _summary_table(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each peak kind, and one more where compiled rows would change it."""
+    """Return a line for each peak kind."""
     lines = [
         "| peak | pipelines | records | median | 90 % of pipelines | worst | most under | under |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for kind, with_compiled in itertools.product(KINDS, (False, True)):
-        asked = [row for row in rows if row.kind == kind and row.predicted_gib is not None]
-        found = [row for row in asked if row.counts or with_compiled]
-        if not found or (with_compiled and all(row.counts for row in found)):
+    for kind in KINDS:
+        found = [row for row in rows if row.kind == kind and row.counts]
+        if not found:
             continue
         s = summary(found)
         lines.append(
-            f"| {kind}{', ‡ too' if with_compiled else ''} | {s.num_pipelines} | {s.num_rows} | "
-            f"{s.median:.2%} | {s.ninetieth:.2%} | {s.worst:.1%} | {min(0.0, s.lowest):+.1%} | "
-            f"{s.share_under:.0%} |"
+            f"| {kind} | {s.num_pipelines} | {s.num_rows} | {s.median:.2%} | {s.ninetieth:.2%} | "
+            f"{s.worst:.1%} | {min(0.0, s.lowest):+.1%} | {s.share_under:.0%} |"
         )
     return lines
 
@@ -208,9 +198,9 @@ def _row_table(rows: Sequence[Row]) -> list[str]:
             lines.append(f"| {name} | | {row.published_gib:.3f} | – | – | {row.note} |")
             continue
         assert row.setup is not None
-        marks = "†" * row.has_published_weights + "‡" * row.is_compiled
+        mark = "†" * row.has_published_weights
         lines.append(
-            f"| {name} | {row.setup.gpu} | {row.published_gib:.3f} | {row.predicted_gib:.3f}{marks}"
+            f"| {name} | {row.setup.gpu} | {row.published_gib:.3f} | {row.predicted_gib:.3f}{mark}"
             f" | {row.error:+.2%} | {row.note} |"
         )
     return lines

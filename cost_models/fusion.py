@@ -11,9 +11,10 @@ The rule has no constant. Compiled calls of FLUX.1, CogVideoX, SDXL, SSD-1B and 
 published come out 0 to 8 % too long by it (docs/compile.md). It is the most that inductor fuses: a
 normalisation of much data takes it two kernels.
 
-Memory stays that of the eager call. Inductor's own plan of an autoencoder needs half as much, but
-published peaks of compiled decoders lie between that and a sixth above the eager one, for reasons
-that are not known, and a plan must not promise what nobody has measured.
+Buffers stay those of the eager call. Inductor's own plan of an autoencoder needs half as much, but
+that is not where a compiled call peaks: it is while inductor times kernels, which it does in the
+first call. Before the graph runs, each convolution and product that ``max-autotune`` tries stands
+here once, launched as ``tried``; what such trials allocate is the business of workspace.py.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ Step = tuple[Any, ...]
 """An event of a routine; a launch is ``("k", Kernel)`` here, its number is the recorder's."""
 
 
-def graph_steps(recorded: Sequence[Any], alive: Collection[int], launcher: Launcher) -> list[Step]:
+def graph_steps(
+    recorded: Sequence[Any], alive: Collection[int], launcher: Launcher, *, is_tried: bool = False
+) -> list[Step]:
     """Return what happens in a call that is one graph, whose kernels *launcher* launches.
 
     *recorded* are the events of the eager call, launches as :class:`Operator`; *alive* are its
-    buffers that outlive it.
+    buffers that outlive it. *is_tried*: each different convolution and product is timed first.
     """
     groups = _groups(recorded, FUSABLE[launcher])
     last = {
@@ -62,7 +65,7 @@ def graph_steps(recorded: Sequence[Any], alive: Collection[int], launcher: Launc
         for one in group
         for buffer, _ in (*one.reads, *one.writes)
     }
-    steps: list[Step] = []
+    steps: list[Step] = [("k", kernel) for kernel in _trials(recorded)] if is_tried else []
     for place, one in enumerate(recorded):
         if not isinstance(one, Operator):
             steps.append(one)
@@ -74,6 +77,13 @@ def graph_steps(recorded: Sequence[Any], alive: Collection[int], launcher: Launc
             if kernel.write_bytes:  # else it makes what nobody reads
                 steps.append(("k", replace(kernel, launcher=launcher)))
     return steps
+
+
+def _trials(recorded: Sequence[Any]) -> list[Kernel]:
+    """Return what inductor chooses kernels for: the results are remembered by shape."""
+    kernels = (one.kernel for one in recorded if isinstance(one, Operator))
+    chosen = dict.fromkeys(kernel for kernel in kernels if kernel.kind in ("conv", "gemm"))
+    return [replace(kernel, launcher="tried") for kernel in chosen]
 
 
 def _groups(recorded: Sequence[Any], fusable: Collection[str]) -> dict[int, list[Operator]]:

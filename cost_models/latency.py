@@ -63,6 +63,7 @@ from pipefit.cost_models.transfers import (
     pin_bytes_per_s,
 )
 from pipefit.cost_models.workload import (
+    LIBRARY_KINDS,
     SYNCHRONISE,
     Component,
     Event,
@@ -120,6 +121,7 @@ LAUNCHER_SHARE: Mapping[Launcher, float] = {
     "traced": 0.3,
     "compiled": 0.3,
     "captured": 0.01,
+    "tried": 0.0,
 }
 """Host time of a launch against one from a module's Python.
 
@@ -176,9 +178,6 @@ float16 and 0.4 in bfloat16: which it is depends on the processor, and this is b
 NINETIETH_PERCENTILE_ERROR = 0.30
 """|predicted / real - 1| of nine in ten predictions for a GPU and a pipeline that were not fitted
 (one source left out: median 0.14, ninetieth percentile 0.30). A prediction's range is this wide."""
-
-LIBRARY_KINDS = ("conv", "gemm", "attention")
-"""Kinds of kernels that no compiler writes."""
 
 _HALF = ("float16", "bfloat16")
 
@@ -239,6 +238,8 @@ def kernel_seconds(
     Raises:
         InvalidRequest: if *gpu* lacks a figure that the estimate needs.
     """
+    if kernel.launcher == "tried":
+        return 0.0
     if gpu.architecture == "cpu":
         rate = gpu.flops_per_s.get("float32", 0.0) or CPU_FLOPS_PER_S_PER_CORE * max(1, gpu.num_sms)
         return max(
@@ -257,6 +258,8 @@ def kernel_seconds(
 
 def host_kernel_seconds(kernel: Kernel, num_cores: int) -> float:
     """Return the time of one operator that the CPU computes beside a GPU."""
+    if kernel.launcher == "tried":
+        return 0.0
     arithmetic_s = kernel_flops(kernel) / (CPU_FLOPS_PER_S_PER_CORE * max(1, num_cores))
     if kernel.dtype in _HALF:
         arithmetic_s *= CPU_HALF_FACTOR
@@ -265,7 +268,7 @@ def host_kernel_seconds(kernel: Kernel, num_cores: int) -> float:
 
 def num_launches(kernel: Kernel, gpu: Gpu, attention: Attention = "native") -> int:
     """Return how many launches the host issues for *kernel*; those inside cuDNN cost it nothing."""
-    if _is_wait(kernel):
+    if kernel.launcher == "tried" or _is_wait(kernel):
         return 0
     if kernel.kind == "attention" and attention_kernel(kernel, gpu, attention) == "math":
         return MATH_ATTENTION_LAUNCHES + kernel.masked

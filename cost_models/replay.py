@@ -623,6 +623,8 @@ class Replay:
         if found == SYNCHRONISE:
             clock.synchronise(0)
             return
+        if found.launcher == "tried":
+            return
         cost = self._costs.get(kernel)
         if cost is None:
             launches = num_launches(found, self._gpu)

@@ -107,7 +107,13 @@ class Models:
     def memory(self, workload: Workload, gpu: Gpu) -> MemoryModel:
         """Return the memory model of *workload* on *gpu*: the same for all whose libraries ask for
         the same scratch."""
-        kind = id(workload.routines), gpu.architecture, gpu.compute_capability
+        kind = (
+            id(workload.routines),
+            gpu.architecture,
+            gpu.compute_capability,
+            gpu.l2_bytes,
+            gpu.num_sms,
+        )
         if kind not in self._timelines:
             made = Timeline(workload, gpu)
             alike = (one for one in self._timelines.values() if one.is_alike(made))

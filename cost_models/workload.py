@@ -42,9 +42,15 @@ CallOrder = tuple[tuple[str, tuple[str, ...]], ...]
 
 KernelKind = Literal["conv", "gemm", "attention", "norm", "elementwise", "copy", "index", "reduce"]
 
-Launcher = Literal["eager", "traced", "compiled", "captured"]
+LIBRARY_KINDS: tuple[KernelKind, ...] = ("conv", "gemm", "attention")
+"""Kinds of kernels that no compiler writes: they stay those of libraries."""
+
+Launcher = Literal["eager", "traced", "compiled", "captured", "tried"]
 """What the host does to launch a kernel: run a module's Python (``eager``), TorchScript's
-interpreter, inductor's wrapper, or once for a whole CUDA graph (``captured``)."""
+interpreter, inductor's wrapper, or once for a whole CUDA graph (``captured``).
+
+``tried``: inductor times the kernel while it compiles, on tensors of its own. No later call does,
+so it takes no time, but memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

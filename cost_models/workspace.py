@@ -31,16 +31,25 @@ are charged like dense ones, which is the larger of what is possible: Qwen-Image
 13 % less than predicted, and half of that is its first convolution, of 3 channels. Not modelled:
 torch 2.9 with cuDNN 9.8 to 9.14, where 16-bit convolutions in three dimensions are computed from
 columns (pytorch/pytorch#166643); what ``cudnn.benchmark`` tries out; FFT plans.
+
+Under ``torch.compile`` the first call times kernels, each with the GPU's L2 cache overwritten in
+between, for which a buffer of that size is allocated. What inductor writes itself is timed where it
+runs, beside all that is alive there. Convolutions and products are tried before the graph runs
+(``max-autotune``), on tensors made for it. The surprise is a convolution, whose library kernel
+cannot be given its result: three results are alive, the one made to be given, the one of a first
+run that is copied into it, and that of the run being timed
+(``ExternKernelBenchmarkRequest.benchmark`` in torch/_inductor/autotune_process.py, 2.13).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.units import DTYPE_BYTES, KIB, MIB
-from pipefit.cost_models.workload import Kernel
+from pipefit.cost_models.workload import LIBRARY_KINDS, Kernel
 
 CUBLAS_BYTES = 2 * 4 * MIB + 8 * 16 * KIB
 """cuBLAS workspace of a stream, taken at its first GEMM and kept: ":4096:2:16:8".
@@ -79,6 +88,19 @@ Source: ``kNeedsOutputAccumulatorBuffer`` in kernel_forward.h and the list in ke
 aten/src/ATen/native/transformers/cuda/mem_eff_attention, torch 2.13.
 """
 
+UNKNOWN_L2_BYTES = 256 * MIB
+"""What inductor overwrites between two runs where it finds no size of an L2 cache.
+
+Source: ``InductorBenchmarker.get_device_cache_size`` in torch/_inductor/runtime/benchmarking.py,
+torch 2.13.
+"""
+
+LEAST_SMS_TO_TRY = 68
+"""On GPUs of fewer multiprocessors ``max-autotune`` leaves products and convolutions to libraries.
+
+Source: ``is_big_gpu`` in torch/_inductor/utils.py, torch 2.13.
+"""
+
 _TENSOR_CORE_CAPABILITY = (8, 0)
 _FIRST_CAPABILITY = {
     "volta": (7, 0),
@@ -103,6 +125,10 @@ def scratch_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
     """Return the allocations behind :func:`workspace_bytes`, in their order."""
     if gpu.architecture == "cpu":
         return ()
+    if kernel.launcher == "tried":
+        return _trial_bytes(kernel, gpu)
+    if kernel.launcher in ("compiled", "captured") and kernel.kind not in LIBRARY_KINDS:
+        return (flush_bytes(gpu),)
     if kernel.kind == "conv":
         return tuple(n for n in _conv_scratch(kernel, _capability(gpu)) if n)
     if kernel.kind == "attention":
@@ -134,6 +160,38 @@ def cublas_bytes(gpu: Gpu, torch_version: str = "") -> int:
     number = re.match(r"(\d+)\.(\d+)", torch_version)
     is_old = number is not None and tuple(map(int, number.groups())) < FIRST_LARGE_ON_BLACKWELL
     return CUBLAS_BYTES if capability < (9, 0) or is_old else CUBLAS_LARGE_BYTES
+
+
+def flush_bytes(gpu: Gpu) -> int:
+    """Return the buffer by which inductor empties the L2 cache before it times a kernel."""
+    return gpu.l2_bytes or UNKNOWN_L2_BYTES
+
+
+def _trial_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
+    """What trying a product or a convolution takes: its tensors again, and the cache emptied.
+
+    Nothing where the library's kernel is the only choice (``convolution`` in
+    torch/_inductor/kernel/conv.py, 2.13): transposed convolutions and those of one dimension.
+    """
+    if 0 < gpu.num_sms < LEAST_SMS_TO_TRY:
+        return ()
+    if kernel.kind == "gemm":
+        return kernel.read_bytes, kernel.write_bytes, flush_bytes(gpu)
+    _, _, _, groups, is_transposed, *sizes = kernel.shape
+    dims = len(sizes) // 3
+    if is_transposed or dims == 1:
+        return ()
+    num_results = 3
+    if dims == 2:
+        # inductor lays such convolutions out in channels_last, whatever it is given
+        kernel = replace(
+            kernel, channels_last=True, weight_channels_last=True, contiguous_input=True
+        )
+        if groups == 1 and math.prod(sizes[4:]) == 1 and sizes[:2] == sizes[2:4]:
+            num_results = 1  # computed as a product
+    results = (kernel.output_bytes,) * num_results
+    scratch = (n for n in _conv_scratch(kernel, _capability(gpu)) if n)
+    return kernel.input_bytes, kernel.weight_bytes, *results, flush_bytes(gpu), *scratch
 
 
 def _capability(gpu: Gpu) -> tuple[int, int] | None:

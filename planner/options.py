@@ -877,7 +877,7 @@ def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -
     names = " and ".join(compiled)
     notes = [
         f"The first call compiles {names}: {format_seconds(more_s)} more with nothing cached.",
-        "Memory is predicted as without compiling; published peaks were up to 4 % higher.",
+        "Memory includes what inductor takes to time kernels in the first call, nothing cached.",
     ]
     modes = {str(parameters.get("mode")) for parameters in compiled.values()}
     if any(mode.startswith("max-autotune") for mode in modes):

@@ -46,7 +46,7 @@ from pipefit.planner.virtual_tensors import (
     VirtualTensor,
     buffer_of,
 )
-from pipefit.strategies.live import COMPILED, ENTRY_METHODS, launcher_of
+from pipefit.strategies.live import COMPILED, ENTRY_METHODS, launcher_of, tries_kernels
 
 TILE_METHODS = ("blend_v", "blend_h", "blend_t")
 """Methods of tiled autoencoders that loop over rows of a seam; remembered like module calls.
@@ -408,7 +408,9 @@ class Recorder(Observer):
             ("k", self.kernels.setdefault(step[1], len(self.kernels)))
             if isinstance(step[1], Kernel)
             else step
-            for step in graph_steps(recorded, frame.live, frame.launcher)
+            for step in graph_steps(
+                recorded, frame.live, frame.launcher, is_tried=tries_kernels(frame.module)
+            )
         ]
 
     def _outside_number(self, caller: _Frame, owner: _Frame, number: int) -> int:

@@ -64,6 +64,9 @@ CAPTURING_MODES = ("reduce-overhead", "max-autotune")
 """Modes of ``torch.compile`` that replay CUDA graphs (``list_mode_options`` in
 torch/_inductor/__init__.py, 2.13)."""
 
+TRYING_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
+"""Those in which inductor tries several kernels for each product and convolution (same place)."""
+
 LAYERWISE_CASTING_HOOK = "layerwise_casting"
 """The same for layerwise casting (hooks/layerwise_casting.py)."""
 
@@ -268,6 +271,12 @@ def launcher_of(module: Any) -> Launcher:
     if own.get(COMPILED) is not None:
         return "captured" if own.get(COMPILE_MODE) in CAPTURING_MODES else "compiled"
     return "traced" if getattr(own.get("forward"), "is_jit_trace", False) else "eager"
+
+
+def tries_kernels(module: Any) -> bool:
+    """Whether compiling *module* has inductor try kernels out."""
+    own = vars(module)
+    return own.get(COMPILED) is not None and own.get(COMPILE_MODE) in TRYING_MODES
 
 
 def repeated_blocks(module: Any) -> list[Any]:

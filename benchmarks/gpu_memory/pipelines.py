@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 
 from benchmarks.gpu_memory.counters import Counter
 from benchmarks.gpu_memory.phases import PhaseMeter
@@ -63,7 +62,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
 """Parameters of group offloading by configuration."""
 
 COMPILE_MODES = {"compile-default": "default", "compile-max-autotune": "max-autotune"}
-"""torch.compile's mode by configuration. pipefit predicts what the same call needs without it."""
+"""torch.compile's mode by configuration."""
 
 # -- options
 
@@ -90,6 +89,9 @@ def options_of(configuration: str, pipe: Any, picture_px: int) -> list[Option]:
         has_convolutions = component.traits["conv2d_share"] >= LEAST_CONV_SHARE
         if configuration == "channels-last" and has_convolutions:
             options += _first_possible("channels_last", component, ({},))
+        if configuration in COMPILE_MODES and component.library == "diffusers":
+            parameters = {"scope": "component", "mode": COMPILE_MODES[configuration]}
+            options += _first_possible("compile", component, (parameters,))
     return options
 
 
@@ -110,22 +112,6 @@ def _first_possible(
         if strategy(name).refusal(component, parameters) is None:
             return [Option(strategy=name, component=component.name, parameters=parameters)]
     return []
-
-
-def compile_modules(pipe: Any, mode: str) -> list[str]:
-    """Have torch compile diffusers' models, of autoencoders the decoder; return which.
-
-    In place, by ``Module.compile`` and an attribute, so that the meter finds the same modules.
-    """
-    compiled = []
-    for name, module in module_components(pipe).items():
-        if not isinstance(module, ModelMixin):
-            continue  # encoders of transformers
-        decoder = getattr(module, "decoder", None)
-        part = module if decoder is None else decoder
-        part.compile(mode=mode)
-        compiled.append(name if decoder is None else f"{name}.decoder")
-    return compiled
 
 
 # -- weights
@@ -204,7 +190,6 @@ def measure_pipeline(
     counter: Counter,
     *,
     cards: Mapping[str, int],
-    compile_mode: str | None = None,
     until_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
@@ -214,7 +199,8 @@ def measure_pipeline(
     allocated cannot be met; only the bounds between are tried, and the smallest that changes
     nothing, whose call is then a second one: streamed components know their order only from then
     on. *cards* are names with bytes that may be reserved. No further call begins where it would
-    not end before *until_s* on *clock*.
+    not end before *until_s* on *clock*. What is compiled is, in the first call, whose peak that of
+    compiling may be; the free call after it is kept apart.
 
     Raises:
         torch.OutOfMemoryError, ApplyFailed: if the weights do not fit.
@@ -247,18 +233,15 @@ def measure_pipeline(
 
     # Not undone at the end: the process ends instead, and undoing would bring weights back.
     apply_options(pipe, options, counter.device)
-    if compile_mode is not None:
-        # Compiling and autotuning allocate as well, so the calls measured are those after it.
-        found["compiled"] = compile_modules(pipe, compile_mode)
-        if call(None)["outcome"] != "measured":
-            return found
-        found["compiling"] = found["calls"].pop()
     gc.collect()
     found["loaded"] = counter.read()._asdict()
     found["pinned_bytes"] = _pinned_bytes(counter)
     free = call(None)
     if free["outcome"] != "measured":
         return found
+    if any(option.strategy == "compile" for option in options):
+        found["compiled"] = call(None)
+        found["calls"].pop()
     allocated_bytes = max(phase["allocated_bytes"] for phase in free["phases"])
     reserved_bytes = max(phase["reserved_bytes"] for phase in free["phases"])
     descending = sorted(cards, key=lambda card: -cards[card])

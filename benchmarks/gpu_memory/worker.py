@@ -38,7 +38,6 @@ from benchmarks.gpu_memory.cases import (
 from benchmarks.gpu_memory.counters import Counter, counter_of
 from benchmarks.gpu_memory.kernels import measure_kernel, predict_kernel
 from benchmarks.gpu_memory.pipelines import (
-    COMPILE_MODES,
     in_words,
     is_out_of_memory,
     measure_pipeline,
@@ -123,7 +122,6 @@ def _prepare_pipeline(case: Case, gpu: Gpu) -> Prepared:
             options,
             counter,
             cards=cards,
-            compile_mode=COMPILE_MODES.get(case.parameters["configuration"]),
             until_s=until_s,
         ),
         predict=lambda measured: predict_pipeline(name, call, options, gpu, cards=cards),

@@ -53,7 +53,7 @@ Choice = Mapping[str, tuple[str, ...]]
 
 def regime_of(kernel: Kernel, gpu: Gpu) -> str | None:
     """Return the regime that a kernel belongs to; None: its scratch was not read off records."""
-    if kernel.kind != "conv" or gpu.architecture == "cpu":
+    if kernel.kind != "conv" or kernel.launcher == "tried" or gpu.architecture == "cpu":
         return None
     channels, groups = kernel.shape[1], kernel.shape[3]
     if groups == channels > 1:
@@ -205,7 +205,7 @@ def _allocated_under(asked: tuple[Setup, Sequence[Choice]]) -> tuple[Any, ...]:
         ours_bytes = predict_setup(setup, subject).peak("allocated")
 
     def peak(choice: Choice) -> int:
-        if not met & choice.keys():
+        if all(choice[regime] == (OURS[regime],) for regime in met & choice.keys()):
             return ours_bytes
         with ruled_by(choice):
             return predict_setup(setup, subject).peak("allocated")

@@ -7,6 +7,8 @@ pipeline, module by module, so that a record is compared with what ran then:
   old and new caches never lay side by side, frames were padded in a copy, and its spatial norm made
   scale and shift one after the other (huggingface/diffusers#9524, in 0.31);
 * until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31);
+* until torch 2.6 inductor timed kernels with Triton's ``do_bench``, whose buffer has one size for
+  all GPUs (triton/testing.py);
 * until January 2026 Z-Image attended under a mask of ones (huggingface/diffusers#12955), and until
   April the host waited for the GPU before and within each step (#13461), so that it could run ahead
   of the GPU by no more than one.
@@ -35,6 +37,10 @@ from torch.nn import functional as F
 
 from pipefit.cost_models import memory, replay, workspace
 from pipefit.planner import stage
+
+UNTIL_2_6_FLUSH_BYTES = 256_000_000
+"""What ``do_bench`` overwrites between two runs: triton/testing.py, 2.2 to 3.1. (The 3.2 of torch
+2.6 has 256 MiB; no record says that it ran with that.)"""
 
 Cache = list[Tensor]
 """One tensor, or none once it was used: whoever holds the list no longer holds the tensor."""
@@ -131,7 +137,11 @@ def torch_version(version: str) -> Iterator[None]:
         yield
         return
     older = functools.partial(workspace.cublas_bytes, torch_version=version)
+    flush_bytes = workspace.flush_bytes
+    if tuple(map(int, version.split(".")[:2])) < (2, 7):
+        flush_bytes = lambda gpu: UNTIL_2_6_FLUSH_BYTES  # noqa: E731
     with (
+        patch.object(workspace, "flush_bytes", flush_bytes),
         patch.object(memory, "cublas_bytes", lambda gpu, _: older(gpu)),
         patch.object(replay, "cublas_bytes", lambda gpu, _: older(gpu)),
         patch.object(stage, "cublas_bytes", lambda gpu, _: older(gpu)),

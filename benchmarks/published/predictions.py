@@ -17,7 +17,6 @@ from benchmarks.published.records import (
     Unusable,
     counts_inputs,
     explanation,
-    is_compiled_where_it_peaks,
     is_of_whole_process,
     outside_bytes,
     phases_of,
@@ -86,8 +85,6 @@ class Row:
     setup: Setup | None = None
     has_published_weights: bool = False
     """The record's own weights and the predicted growth: its storage format is not modelled."""
-    is_compiled: bool = False
-    """``torch.compile`` had the component that peaks, which pipefit does not model."""
     ram_gib: float | None = None
     """Predicted host RAM, where the record's is of the whole process."""
     note: str = ""
@@ -101,7 +98,7 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether the row is part of the summary."""
-        return self.predicted_gib is not None and not self.is_compiled
+        return self.predicted_gib is not None
 
 
 def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
@@ -193,11 +190,10 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
         predicted_gib=predicted_gib,
         setup=setup,
         has_published_weights=has_published_weights,
-        is_compiled=is_compiled_where_it_peaks(record, predicted.peak_phase()),
         ram_gib=predicted.host_ram_bytes / GIB if is_of_whole_process(record) else None,
     )
     is_off = abs(row.error) > OUTLIER
-    notes = [explanation(record, is_compiled=row.is_compiled)] if is_off else []
+    notes = [explanation(record)] if is_off else []
     if predicted.peak_phase(kind) == LOAD and phases_of(record)(LOAD):
         notes.insert(0, LOADING)
     notes += [f"run with {change}" for change in setup.changes if change.startswith("diffusers")]

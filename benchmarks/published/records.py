@@ -26,6 +26,7 @@ from benchmarks.published.component_calls import (
 from benchmarks.published.partial_calls import AttentionCall, OneComponent
 from pipefit.cost_models.context import bare_context_bytes
 from pipefit.cost_models.machine import Gpu
+from pipefit.strategies.compile import MODES
 
 Record = Mapping[str, Any]
 
@@ -73,6 +74,9 @@ GPUS: tuple[tuple[str, str], ...] = (
 
 UNSTATED_GPU = "a100-80gb"
 """Taken where a source names no GPU: what most of the sources with such rows ran on."""
+
+RELEASES = (("2024-10", "2.5"), ("2025-01", "2.6"), ("2025-04", "2.7"))
+"""Month and version of releases of torch; a nightly counts as the next of them."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -178,18 +182,6 @@ def outside_bytes(record: Record, gpu: Gpu) -> int:
     return 0
 
 
-def is_compiled_where_it_peaks(record: Record, phase: str) -> bool:
-    """Whether ``torch.compile`` had the component that *phase* belongs to.
-
-    pipefit does not predict what inductor makes of a module: it fuses what the trace counts, and
-    keeps copies of its own.
-    """
-    compiled = record["levers"]["compile"] or ""
-    if "vae" in compiled:
-        return phase == "decode"
-    return bool(compiled) and (record["kind"] == "component_forward" or phase == "denoise")
-
-
 def weights_are_published(record: Record) -> bool:
     """Whether a format is in play that pipefit does not know, so that the weights are the record's.
 
@@ -199,7 +191,6 @@ def weights_are_published(record: Record) -> bool:
     return bool(quantised) and not quantization_options(record)
 
 
-COMPILED = "the component that peaks was compiled (docs/memory.md)"
 LOADING = "of loading: bitsandbytes quantises on the GPU, all such weights together before offload"
 RUN_AHEAD = "run-ahead: launch, copy and compute times are known to 20 % at best"
 EXPLANATIONS: tuple[tuple[str, str], ...] = (
@@ -216,15 +207,17 @@ EXPLANATIONS: tuple[tuple[str, str], ...] = (
         "layers unpacked in float32 as torchao 0.18 does; in 16 bits they would fit",
     ),
     ("ltx23", "read from the whole GPU; two runs of one encode differ by 9 %"),
+    (
+        "ssd-1b-a100-bf16-sdpa-compile",
+        "inductor keeps on disk what it tried, and had tried the same decoder for SDXL",
+    ),
 )
 """Part of a record's id -> why its prediction is off, where its fields do not tell."""
 
 
-def explanation(record: Record, *, is_compiled: bool) -> str:
+def explanation(record: Record) -> str:
     """Return why the prediction of *record* is off, or that nobody knows."""
     found = next((why for part, why in EXPLANATIONS if part in record["id"]), "")
-    if not found and is_compiled:
-        found = COMPILED
     if not found and "record_stream" in (record["levers"]["offload_params"] or ""):
         found = RUN_AHEAD
     return found or "unexplained"
@@ -239,9 +232,13 @@ def _gpu(record: Record) -> str:
 
 
 def _torch(record: Record) -> str:
-    """Return torch's version, the least that the record allows; nightlies count as today's."""
-    stated = re.search(r"\d+\.\d+\.\d+", str((record["software"] or {}).get("torch")))
-    return stated[0] if stated else ""
+    """Return torch's version, the least that the record allows; empty where it says nothing."""
+    said = str((record["software"] or {}).get("torch"))
+    stated = re.search(r"\b2\.\d+(\.\d+)?", said)
+    if stated:
+        return stated[0]
+    month = re.search(r"nightly.*(20\d\d-\d\d)", said)
+    return next((release for date, release in RELEASES if month and month[1] < date), "")
 
 
 def _dtype(record: Record) -> Mapping[str, str] | None:
@@ -305,7 +302,7 @@ def _is_before_0_31(record: Record) -> bool:
 
 def _strategies(record: Record) -> tuple[str, ...]:
     levers = record["levers"]
-    found = list(quantization_options(record))
+    found = [*quantization_options(record), *_compiled(record)]
     found += [name for name in ("vae_tiling", "vae_slicing") if levers[name]]
     if levers["layerwise_casting"]:
         component = levers["layerwise_casting"].split(" ")[0]
@@ -320,6 +317,24 @@ def _strategies(record: Record) -> tuple[str, ...]:
     if offload == "group":
         return (*found, _group_offload(levers["offload_params"] or ""))
     raise Unusable(f"{offload} is not an offload of diffusers' pipelines")
+
+
+def _compiled(record: Record) -> Iterator[str]:
+    """Yield the strategies of what was compiled; who compiles a whole pipeline's convolutions lays
+    them out in channels_last, as the scripts of diffusion-fast, diffusers-torchao and diffusers'
+    own pipeline benchmarks (base_classes.py) do."""
+    said = record["levers"]["compile"] or ""
+    if not said:
+        return
+    mode = next((mode for mode in MODES if mode in said), MODES[0])
+    if record["kind"] in OF_ONE_COMPONENT:
+        yield f"compile:scope=component,mode={mode}@component"
+        return
+    has_unet = record["pipeline"].startswith(("SD", "SSD"))
+    for component in ("unet" if has_unet else "transformer", *(["vae"] if "vae" in said else [])):
+        if component != "transformer":
+            yield f"channels_last@{component}"
+        yield f"compile:scope=component,mode={mode}@{component}"
 
 
 def _refuse_what_is_not_ours(levers: Mapping[str, Any]) -> None:

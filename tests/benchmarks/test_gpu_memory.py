@@ -28,7 +28,6 @@ from benchmarks.gpu_memory.counters import CudaCounter, TensorCounter, numbered
 from benchmarks.gpu_memory.kernels import measure_kernel, predict_kernel
 from benchmarks.gpu_memory.phases import PhaseMeter
 from benchmarks.gpu_memory.pipelines import (
-    COMPILE_MODES,
     _held_to,
     give_weights,
     measure_pipeline,
@@ -148,20 +147,19 @@ def test_hooks_of_real_strategies_do_not_hide_phases() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_compiled_is_measured_in_the_calls_after_the_first() -> None:
+def test_what_is_compiled_is_measured_while_it_compiles_and_once_more() -> None:
     pipe, call = SMALL_PIPELINES["flux"](), small_call("flux")
-    options = options_of("compile-default", pipe, 64)
-    assert options == options_of("resident", pipe, 64)
+    options = options_of("compile-max-autotune", pipe, 64)
+    compiled = {o.component: o.parameters["mode"] for o in options if o.strategy == "compile"}
+    assert compiled == {"vae": "max-autotune", "transformer": "max-autotune"}
     with TensorCounter() as counter, torch.compiler.set_stance("force_eager"):
-        mode = COMPILE_MODES["compile-default"]
-        found = measure_pipeline(pipe, call, options, counter, cards={}, compile_mode=mode)
-    assert found["compiled"] == ["vae.decoder", "transformer"]
+        found = measure_pipeline(pipe, call, options, counter, cards={})
     assert pipe.transformer._compiled_call_impl is not None
     assert pipe.vae.decoder._compiled_call_impl is not None
     assert pipe.text_encoder._compiled_call_impl is None
-    (after,) = found["calls"]
+    (first,) = found["calls"]
     phases = [[(p["component"], p["calls"]) for p in one["phases"]]
-              for one in (found["compiling"], after)]  # fmt: skip
+              for one in (first, found["compiled"])]  # fmt: skip
     assert phases[0] == phases[1]
     assert phases[0][-2:] == [("transformer", 2), ("vae", 1)]
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.memory_accuracy import page, summary
 from benchmarks.published.changes import CHANGES
 from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
-from benchmarks.published.older_versions import as_until_0_30, as_until_0_36
+from benchmarks.published.older_versions import as_until_0_30, as_until_0_36, torch_version
 from benchmarks.published.partial_calls import OneComponent
 from benchmarks.published.predictions import LOAD, Predicted, Row, rows_of
 from benchmarks.published.records import (
@@ -22,7 +22,6 @@ from benchmarks.published.records import (
     RECORDS,
     Unusable,
     explanation,
-    is_compiled_where_it_peaks,
     load,
     outside_bytes,
     phases_of,
@@ -264,21 +263,71 @@ def test_catalogue_names_of_the_records_exist() -> None:
     assert set(PIPELINES.values()) <= set(pipeline_names())
 
 
-def test_a_compiled_component_counts_where_the_peak_is_its_own() -> None:
-    decoder = record(levers={"compile": "unet/transformer + vae.decode, max-autotune"})
-    denoiser = record(levers={"compile": "transformer max-autotune"})
-    assert is_compiled_where_it_peaks(decoder, "decode")
-    assert not is_compiled_where_it_peaks(denoiser, "decode")
-    assert is_compiled_where_it_peaks(denoiser, "denoise")
-    assert not is_compiled_where_it_peaks(record(), "decode")
+@pytest.mark.parametrize(
+    ("said", "given", "expected"),
+    [
+        (
+            "unet/transformer + vae.decode, max-autotune",
+            {},
+            (
+                "channels_last@unet",
+                "compile:scope=component,mode=max-autotune@unet",
+                "channels_last@vae",
+                "compile:scope=component,mode=max-autotune@vae",
+            ),
+        ),
+        (
+            "transformer max-autotune",
+            {"pipeline": "FLUX.1-dev"},
+            ("compile:scope=component,mode=max-autotune@transformer",),
+        ),
+        (
+            "unet reduce-overhead",
+            {},
+            ("channels_last@unet", "compile:scope=component,mode=reduce-overhead@unet"),
+        ),
+        (
+            "fullgraph",
+            {"kind": "component_forward", "pipeline_class": "UNet2DConditionModel"},
+            ("compile:scope=component,mode=default@component",),
+        ),
+    ],
+)
+def test_what_was_compiled_is_asked_for(
+    said: str, given: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    assert setup_of(record(levers={"compile": said}, **given)).strategies == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("2.7.1+cu126", "2.7.1"),
+        ("nightly (2.2/2.3 dev), Dec 2023", "2.2"),
+        ("nightly 2024-09 (README 'Environment': CUDA 12.2)", "2.5"),
+        ("nightly 2024-11", "2.6"),
+        ("nightly, mid 2025", ""),
+        (None, ""),
+    ],
+)
+def test_a_nightly_counts_as_the_next_release(said: str | None, version: str) -> None:
+    assert setup_of(record(software={"torch": said})).torch == version
+
+
+def test_older_inductors_emptied_every_cache_with_one_buffer() -> None:
+    gpu = find_gpu("a100-80gb")
+    fused = Kernel(
+        kind="elementwise", name="fused", dtype="", read_bytes=1, write_bytes=1, launcher="compiled"
+    )
+    for version, expected in (("", gpu.l2_bytes), ("2.7.1", gpu.l2_bytes), ("2.5", 256_000_000)):
+        with torch_version(version):
+            assert workspace_bytes(fused, gpu) == expected
 
 
 def test_an_error_is_explained_by_what_ran_and_not_by_what_its_record_is_called() -> None:
-    eager = record(id="fused-compileF")
-    assert explanation(eager, is_compiled=False) == "unexplained"
-    assert "compiled" in explanation(eager, is_compiled=True)
+    assert explanation(record(id="fused-compileF")) == "unexplained"
     recorded = record(levers={"offload_params": "leaf_level, use_stream, record_stream"})
-    assert "run-ahead" in explanation(recorded, is_compiled=False)
+    assert "run-ahead" in explanation(recorded)
 
 
 def test_every_pipeline_weighs_the_same() -> None:
@@ -324,9 +373,6 @@ def test_loading_counts_unless_the_figure_is_of_a_part_of_the_call() -> None:
     less = found(denoise.allocated_bytes - 1)
     assert less.peak("allocated", whole) == denoise.allocated_bytes
     assert less.peak_phase() == denoise.name
-    # What is compiled does not run while it loads.
-    compiled = record(levers={**LEVERS, "compile": "max-autotune"})
-    assert not is_compiled_where_it_peaks(compiled, LOAD)
 
 
 def test_older_classes_compute_what_the_newer_do() -> None:

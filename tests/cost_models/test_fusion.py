@@ -56,6 +56,18 @@ def test_memory_stays_that_of_the_eager_call() -> None:
     assert [step for step in steps if step[0] != "k"] == [e for e in CALL if isinstance(e, tuple)]
 
 
+def test_each_different_product_is_tried_before_the_graph_runs() -> None:
+    wider = operator("gemm", {3: 100, WEIGHT: 70}, {4: 100})
+    recorded = [*CALL, ("a", 4, 100), wider]
+    kernels = launched(graph_steps(recorded, {4}, "captured", is_tried=True))
+    tried = [k for k in kernels if k.launcher == "tried"]
+    assert kernels[: len(tried)] == tried
+    assert [k.read_bytes for k in tried] == [150, 170]
+    untried = launched(graph_steps(recorded, {4}, "captured"))
+    assert kernels[len(tried) :] == untried
+    assert {k.launcher for k in untried} == {"captured"}
+
+
 def test_a_buffer_that_is_read_again_later_is_written() -> None:
     late = operator("gemm", {1: 100, WEIGHT: 50}, {4: 100})
     steps = graph_steps([*CALL[:6], CALL[8], CALL[9], ("a", 4, 100), late], {3, 4}, "compiled")

@@ -80,6 +80,49 @@ def test_indexing_beyond_31_bits_ends_the_conversions() -> None:
     assert workspace_bytes(replace(batch_8, input_bytes=32 * PLANE), H100) == 0
 
 
+def test_trying_a_convolution_takes_its_tensors_and_two_results_more_and_the_flush() -> None:
+    """FLUX.1-dev at batch 16, SDXL at batch 1: eight 128-channel tensors and Triton's buffer."""
+    card = replace(A100, l2_bytes=40 * MIB, num_sms=108)
+    tried = replace(UPSAMPLER, launcher="tried")
+    assert scratch_bytes(tried, card) == (2 * PLANE, WEIGHT, *[2 * PLANE] * 3, 40 * MIB)
+    unknown = replace(card, l2_bytes=0, num_sms=0)
+    assert scratch_bytes(tried, unknown)[-1] == 256 * MIB
+    assert scratch_bytes(tried, replace(card, num_sms=67)) == ()
+    # What has one choice alone is not tried.
+    transposed = (*tried.shape[:4], 1, *tried.shape[5:])
+    assert scratch_bytes(replace(tried, shape=transposed), card) == ()
+    line = replace(tried, shape=(1, 256, 256, 1, 0, 1024, 1024, 3))
+    assert scratch_bytes(line, card) == ()
+
+
+def test_trying_what_writes_into_a_given_result_takes_one_result() -> None:
+    card = replace(A100, l2_bytes=40 * MIB)
+    product = replace(UPSAMPLER, kind="gemm", shape=(1, 64, 64, 64), launcher="tried")
+    assert scratch_bytes(product, card) == (2 * PLANE + WEIGHT, 2 * PLANE, 40 * MIB)
+    pointwise = replace(UPSAMPLER, shape=(*UPSAMPLER.shape[:-2], 1, 1), launcher="tried")
+    assert scratch_bytes(pointwise, card) == (2 * PLANE, WEIGHT, 2 * PLANE, 40 * MIB)
+
+
+def test_three_dimensions_are_tried_as_they_lie() -> None:
+    card = replace(A100, l2_bytes=40 * MIB)
+    shape = (1, 256, 256, 1, 0, 1, 1024, 1024, 1, 1024, 1024, 3, 3, 3)
+    video = replace(UPSAMPLER, shape=shape, launcher="tried")
+    expected = (2 * PLANE, WEIGHT, *[2 * PLANE] * 3, 40 * MIB, 4 * PLANE + WEIGHT)
+    assert scratch_bytes(video, card) == expected
+
+
+def test_what_inductor_writes_is_timed_beside_all_that_is_alive() -> None:
+    card = replace(A100, l2_bytes=40 * MIB)
+    fused = Kernel(kind="elementwise", name="fused", dtype="bfloat16", read_bytes=1, write_bytes=1)
+    assert scratch_bytes(fused, card) == ()
+    assert scratch_bytes(replace(fused, launcher="traced"), card) == ()
+    for launcher in ("compiled", "captured"):
+        assert scratch_bytes(replace(fused, launcher=launcher), card) == (40 * MIB,)
+    # A library's kernel that is not tried is not timed either.
+    library = replace(UPSAMPLER, launcher="compiled")
+    assert scratch_bytes(library, card) == scratch_bytes(UPSAMPLER, card)
+
+
 DEPTHWISE = replace(UPSAMPLER, shape=(1, 256, 256, 256, 0, 1024, 1024, 1024, 1024, 3, 3))
 
 

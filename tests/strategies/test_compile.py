@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,6 +18,12 @@ from tests.strategies.described import ADA, described
 import pipefit
 from pipefit.cost_models.machine import Machine
 from pipefit.cost_models.workload import Kernel, Phase, Workload
+from pipefit.cost_models.workspace import (
+    LEAST_SMS_TO_TRY,
+    UNKNOWN_L2_BYTES,
+    flush_bytes,
+    workspace_bytes,
+)
 from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import reference_machine
@@ -26,7 +34,7 @@ from pipefit.planner.trace import trace
 from pipefit.planner.workloads import _apply_parts
 from pipefit.strategies import conflict_of, strategy, traits_of
 from pipefit.strategies.compile import MODES
-from pipefit.strategies.live import CAPTURING_MODES, COMPILED, repeated_blocks
+from pipefit.strategies.live import CAPTURING_MODES, COMPILED, TRYING_MODES, repeated_blocks
 from pipefit.strategies.strategy import Option, Quality
 
 COMPILE = strategy("compile")
@@ -173,7 +181,7 @@ def test_hooks_within_what_is_compiled_exclude_it(
     assert bool(reason) == bool(excluded), reason
 
 
-def test_a_compiled_call_is_predicted_with_fewer_launches_and_the_memory_of_an_eager_one() -> None:
+def test_a_compiled_call_launches_less_and_takes_what_timing_its_kernels_takes() -> None:
     workload = traced("flux", ("transformer", WHOLE), ("transformer", REGIONAL))
     captured = {**WHOLE, "mode": "reduce-overhead"}
     eager = None
@@ -197,12 +205,46 @@ def test_a_compiled_call_is_predicted_with_fewer_launches_and_the_memory_of_an_e
             [Option(strategy="compile", component="transformer", parameters=REGIONAL)],
         )
     ]
-    assert peaks[1:] == [pytest.approx(peaks[0], rel=0.01)] * 2
+    # Eager buffers and what empties the cache between the runs of a kernel that is timed.
+    flush = flush_bytes(_gpu())
+    assert peaks[1:] == [pytest.approx(peaks[0] + flush, rel=0.01)] * 2
     assert eager is not None
     assert {k.launcher for k in eager} == {"eager"}
     again = traced("flux", ("transformer", captured))
     ((_, compiled),) = next(iter(again.variants.values())).items()
     assert {k.launcher for k in kernels_of(again, compiled)} == {"captured"}
+
+
+def test_what_max_autotune_tries_can_be_the_peak_and_takes_no_time() -> None:
+    tuned, untried = {**WHOLE, "mode": "max-autotune"}, {**WHOLE, "mode": "reduce-overhead"}
+    workload = traced("stable_diffusion", ("vae", tuned), ("vae", untried))
+    gpu = replace(_gpu(), l2_bytes=256 << 20, num_sms=LEAST_SMS_TO_TRY)
+    pricing = Pricing(workload, gpu)
+    picks = {
+        name: pricing.exactly([Option(strategy="compile", component="vae", parameters=parameters)])
+        for name, parameters in (("tuned", tuned), ("untried", untried))
+    }
+    peaks = {name: pricing.replay(pick)[-1] for name, pick in picks.items()}
+    eager = pricing.replay(pricing.exactly([]))[-1]
+    assert eager.allocated_bytes + gpu.l2_bytes > peaks["untried"].allocated_bytes > gpu.l2_bytes
+    tried = {
+        kernel
+        for replaced in workload.variants.values()
+        for routine in replaced.values()
+        for kernel in kernels_of(workload, routine)
+        if kernel.launcher == "tried"
+    }
+    assert {kernel.kind for kernel in tried} == {"conv", "gemm"}
+    most = max(workspace_bytes(kernel, gpu) for kernel in tried)
+    assert peaks["tuned"].allocated_bytes >= most > gpu.l2_bytes
+    small = replace(gpu, num_sms=LEAST_SMS_TO_TRY - 1)
+    without = Pricing(workload, small).replay(picks["tuned"])[-1]
+    assert without.allocated_bytes == peaks["untried"].allocated_bytes
+    seconds = {
+        name: pricing.prediction(pick, pricing.replay(pick)).latency.call_s
+        for name, pick in picks.items()
+    }
+    assert seconds["tuned"] == seconds["untried"]
 
 
 def test_equal_blocks_are_one_graph_and_the_first_call_pays_for_each_kind() -> None:
@@ -247,6 +289,71 @@ def test_modes_and_which_of_them_capture_graphs_are_torchs() -> None:
     assert set(MODES) == set(modes) - {"lite"}  # which fuses nothing
     capturing = {mode for mode, set_to in modes.items() if set_to.get("triton.cudagraphs")}
     assert capturing == set(CAPTURING_MODES)
+    assert {mode for mode, set_to in modes.items() if set_to.get("max_autotune")} == set(
+        TRYING_MODES
+    )
+
+
+def test_three_results_of_a_convolution_are_alive_while_inductor_tries_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards ``ExternKernelBenchmarkRequest.benchmark`` and ``aten_convolution`` of torch 2.13."""
+    from torch._inductor.autotune_process import ExternKernelBenchmarkRequest
+    from torch._inductor.kernel.conv import aten_convolution
+
+    assert not aten_convolution.has_out_variant
+    given = torch.ones(4)
+    alive = weakref.WeakSet[torch.Tensor]()
+    most = 0
+
+    def convolve(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        made = tensor.clone()
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    request = object.__new__(ExternKernelBenchmarkRequest)
+    request.has_out_variant, request.benchmark_with_cudagraphs = False, False
+    monkeypatch.setattr(request, "to_callable", lambda: convolve, raising=False)
+    out = torch.empty(4)
+    alive.add(out)
+    request.benchmark(given, out=out)
+    assert most == 3
+    assert torch.equal(out, given)
+
+
+@pytest.mark.parametrize(("l2_bytes", "expected"), [(40 << 20, 40 << 20), (0, UNKNOWN_L2_BYTES)])
+def test_what_inductor_empties_the_cache_with(
+    monkeypatch: pytest.MonkeyPatch, l2_bytes: int, expected: int
+) -> None:
+    """Guards ``InductorBenchmarker.get_device_cache_size`` and that torch 2.13 uses it."""
+    from torch._inductor import config
+    from torch._inductor.runtime import benchmarking
+
+    assert config.use_experimental_benchmarker
+    assert not config.use_torch_profiler_benchmarker
+    device = SimpleNamespace(
+        current_device=lambda: 0,
+        get_device_properties=lambda index: SimpleNamespace(L2_cache_size=l2_bytes),
+    )
+    monkeypatch.setattr(benchmarking, "get_interface_for_device", lambda name: device)
+    found = benchmarking.InductorBenchmarker().get_device_cache_size("cuda")
+    assert found == flush_bytes(replace(ADA, l2_bytes=l2_bytes)) == expected
+
+
+@pytest.mark.parametrize(("num_sms", "is_big"), [(LEAST_SMS_TO_TRY, True), (67, False)])
+def test_which_gpus_inductor_tries_kernels_on(
+    monkeypatch: pytest.MonkeyPatch, num_sms: int, is_big: bool
+) -> None:
+    """Guards ``is_big_gpu`` of torch 2.13."""
+    from torch._inductor import utils
+
+    properties = SimpleNamespace(multi_processor_count=num_sms)
+    monkeypatch.setattr(
+        utils, "DeviceProperties", SimpleNamespace(create=lambda device: properties)
+    )
+    assert utils.is_big_gpu.__wrapped__(torch.device("cuda", 0)) is is_big
 
 
 def test_an_autoencoder_is_compiled_where_it_computes() -> None:
