@@ -139,7 +139,7 @@ def _summary_table(rows: Sequence[Row]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for kind in KINDS:
-        found = [row for row in rows if row.kind == kind and row.counts]
+        found = [row for row in rows if row.kind == kind and row.predicted_gib is not None]
         if not found:
             continue
         s = summary(found)
@@ -172,7 +172,7 @@ def _rule_in_words(regime: str, rules: Sequence[str]) -> str:
 def _pipeline_table(rows: Sequence[Row]) -> list[str]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.counts:
+        if row.predicted_gib is not None:
             found[row.record["pipeline"]].append(row)
     lines = [
         "| pipeline | records | median error | lowest | highest |",

@@ -190,8 +190,6 @@ class RoutineCost:
     """Sum over the launches, as if the host were infinitely fast."""
     num_launches: float
     """By what they cost the host, in launches from a module's Python."""
-    flops: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1077,8 +1075,6 @@ class LatencyModel:
             self._known.kernels[key] = RoutineCost(
                 gpu_s=kernel_seconds(kernel, self.gpu, attention, self.flags),
                 num_launches=host_launches(kernel, self.gpu, attention),
-                flops=kernel_flops(kernel),
-                num_bytes=int(_bytes(kernel)),
             )
         return self._known.kernels[key]
 
@@ -1089,8 +1085,6 @@ def _total(parts: Sequence[RoutineCost]) -> RoutineCost:
     return RoutineCost(
         gpu_s=math.fsum(p.gpu_s for p in parts),
         num_launches=sum(p.num_launches for p in parts),
-        flops=sum(p.flops for p in parts),
-        num_bytes=sum(p.num_bytes for p in parts),
     )
 
 

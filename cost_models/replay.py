@@ -140,6 +140,9 @@ class Replay:
         self._is_gemm = [kernel.kind == "gemm" for kernel in workload.kernels]
         self._cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
         self._has_cublas = False
+        self._launchers = [kernel.launcher for kernel in workload.kernels]
+        self._has_tried = False
+        """Whether kernels were tried for a graph that is not captured yet."""
         self._weight_bytes = self._workspace_bytes = self._carried_bytes = 0
         self._peak = Moment(0, 0, 0, 0)
         self._phase_of = {c: i for i, phase in enumerate(workload.phases) for c in phase.calls}
@@ -608,8 +611,13 @@ class Replay:
             self._has_cublas = True
             self._workspace_bytes += self.allocator.allocate(self._cublas_bytes).num_bytes
             self._note_peak()
+        if self._has_tried and self._launchers[kernel] == "captured":
+            # torch.cuda.graph gives back what is cached before it captures (torch/cuda/graphs.py).
+            self.allocator.empty_cache()
+            self._has_tried = False
         if not self._scratch[kernel]:
             return
+        self._has_tried |= self._launchers[kernel] == "tried"
         blocks = [self.allocator.allocate(num_bytes) for num_bytes in self._scratch[kernel]]
         held_bytes = sum(block.num_bytes for block in blocks)
         self._workspace_bytes += held_bytes
@@ -623,12 +631,10 @@ class Replay:
         if found == SYNCHRONISE:
             clock.synchronise(0)
             return
-        if found.launcher == "tried":
-            return
         cost = self._costs.get(kernel)
         if cost is None:
             launches = num_launches(found, self._gpu)
-            each_s = kernel_seconds(found, self._gpu) / launches
+            each_s = kernel_seconds(found, self._gpu) / max(1, launches)
             cost = self._costs[kernel] = launches, each_s
         host_s = self._launch_s * LAUNCHER_SHARE[found.launcher]
         clock.launch(cost[0], host_s=host_s, gpu_s=cost[1])

@@ -34,11 +34,13 @@ columns (pytorch/pytorch#166643); what ``cudnn.benchmark`` tries out; FFT plans.
 
 Under ``torch.compile`` the first call times kernels, each with the GPU's L2 cache overwritten in
 between, for which a buffer of that size is allocated. What inductor writes itself is timed where it
-runs, beside all that is alive there. Convolutions and products are tried before the graph runs
-(``max-autotune``), on tensors made for it. The surprise is a convolution, whose library kernel
-cannot be given its result: three results are alive, the one made to be given, the one of a first
-run that is copied into it, and that of the run being timed
-(``ExternKernelBenchmarkRequest.benchmark`` in torch/_inductor/autotune_process.py, 2.13).
+runs, beside all that is alive there, if it has more than one way to launch it (taken to be so:
+``CachingAutotuner`` in torch/_inductor/runtime/triton_heuristics.py, 2.13). Convolutions and
+products are tried before the graph runs (``max-autotune``), on tensors made for that. The surprise
+is a convolution, whose library kernel cannot be given its result: three results are alive, the one
+made to be given, the one of a first run that is copied into it, and that of the run being timed
+(``ExternKernelBenchmarkRequest.benchmark`` in torch/_inductor/autotune_process.py, 2.13). Not
+modelled: copies of what a timed kernel overwrites in place.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ torch 2.13.
 """
 
 LEAST_SMS_TO_TRY = 68
-"""On GPUs of fewer multiprocessors ``max-autotune`` leaves products and convolutions to libraries.
+"""On NVIDIA GPUs of fewer multiprocessors ``max-autotune`` leaves products and convolutions to
+libraries.
 
 Source: ``is_big_gpu`` in torch/_inductor/utils.py, torch 2.13.
 """
@@ -163,32 +166,41 @@ def cublas_bytes(gpu: Gpu, torch_version: str = "") -> int:
 
 
 def flush_bytes(gpu: Gpu) -> int:
-    """Return the buffer by which inductor empties the L2 cache before it times a kernel."""
-    return gpu.l2_bytes or UNKNOWN_L2_BYTES
+    """Return the buffer by which inductor empties the L2 cache before it times a kernel.
+
+    Apple's kernels are not timed (torch/_inductor/codegen/mps.py, 2.13).
+    """
+    return 0 if gpu.architecture == "apple" else gpu.l2_bytes or UNKNOWN_L2_BYTES
 
 
 def _trial_bytes(kernel: Kernel, gpu: Gpu) -> tuple[int, ...]:
     """What trying a product or a convolution takes: its tensors again, and the cache emptied.
 
     Nothing where the library's kernel is the only choice (``convolution`` in
-    torch/_inductor/kernel/conv.py, 2.13): transposed convolutions and those of one dimension.
+    torch/_inductor/kernel/conv.py, 2.13): transposed convolutions, and those of one dimension that
+    are neither a product nor depthwise. Convolutions of two dimensions are taken to lie in
+    channels_last, as they do in graphs that are mostly convolutions (``decide_layout_opt``).
     """
-    if 0 < gpu.num_sms < LEAST_SMS_TO_TRY:
+    if gpu.architecture == "apple":
+        return ()
+    if gpu.compute_capability is not None and 0 < gpu.num_sms < LEAST_SMS_TO_TRY:
         return ()
     if kernel.kind == "gemm":
         return kernel.read_bytes, kernel.write_bytes, flush_bytes(gpu)
-    _, _, _, groups, is_transposed, *sizes = kernel.shape
+    _, in_channels, out_channels, groups, is_transposed, *sizes = kernel.shape
     dims = len(sizes) // 3
-    if is_transposed or dims == 1:
+    inputs, outputs, kernel_size = sizes[:dims], sizes[dims : 2 * dims], sizes[2 * dims :]
+    is_product = groups == 1 and math.prod(kernel_size) == 1 and inputs == outputs
+    is_depthwise = groups == in_channels == out_channels > 1
+    if is_transposed or (dims == 1 and not (is_product or is_depthwise)):
         return ()
     num_results = 3
     if dims == 2:
-        # inductor lays such convolutions out in channels_last, whatever it is given
         kernel = replace(
             kernel, channels_last=True, weight_channels_last=True, contiguous_input=True
         )
-        if groups == 1 and math.prod(sizes[4:]) == 1 and sizes[:2] == sizes[2:4]:
-            num_results = 1  # computed as a product
+        if is_product:
+            num_results = 1  # of a product, which can be given its result
     results = (kernel.output_bytes,) * num_results
     scratch = (n for n in _conv_scratch(kernel, _capability(gpu)) if n)
     return kernel.input_bytes, kernel.weight_bytes, *results, flush_bytes(gpu), *scratch

@@ -36,7 +36,7 @@ from pipefit.planner.trace_cache import (
 from pipefit.strategies import BUILT_IN, conflict_of, quality_of, strategy, traits_of
 from pipefit.strategies.fused_qkv import FUSED_LAYERS
 from pipefit.strategies.latent_output import DECODE_LATER_NOTE
-from pipefit.strategies.live import CHUNKING_ATTRIBUTES
+from pipefit.strategies.live import CHUNKING_ATTRIBUTES, DEFAULTED
 from pipefit.strategies.prompt_first import ONLY_WHILE_LOADING, drops
 from pipefit.strategies.strategy import Imitated, Option
 
@@ -460,10 +460,13 @@ def state_digest(pipe: Any) -> str:
         if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
             return value
         if depth < MAX_ATTRIBUTE_DEPTH:
-            if isinstance(value, (list, tuple, set, frozenset)):
+            if isinstance(value, (set, frozenset)):  # whose order differs between processes
+                return sorted(repr(plain(v, depth + 1)) for v in value)
+            if isinstance(value, (list, tuple)):
                 return [plain(v, depth + 1) for v in value]
             if isinstance(value, Mapping):
-                return [(str(k), plain(v, depth + 1)) for k, v in value.items()]
+                own = ((k, v) for k, v in value.items() if k != DEFAULTED)
+                return [(str(k), plain(v, depth + 1)) for k, v in own]
             if isinstance(value, functools.partial):
                 return [plain(v, depth + 1) for v in (value.func, value.args)]
             if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):

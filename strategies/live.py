@@ -70,6 +70,10 @@ TRYING_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
 LAYERWISE_CASTING_HOOK = "layerwise_casting"
 """The same for layerwise casting (hooks/layerwise_casting.py)."""
 
+DEFAULTED = "_use_default_values"
+"""Key under which a configuration of diffusers 0.42 lists the arguments that nobody gave, in an
+order that differs between processes (``extract_init_dict`` in configuration_utils.py)."""
+
 CHUNKING_ATTRIBUTES = ("_chunk_size", "_chunk_dim")
 """Where a block of diffusers 0.42 keeps in what parts, and by which dimension, its feed-forward
 layers work (``set_chunk_feed_forward`` in models/attention.py)."""

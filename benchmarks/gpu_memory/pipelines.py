@@ -199,8 +199,8 @@ def measure_pipeline(
     allocated cannot be met; only the bounds between are tried, and the smallest that changes
     nothing, whose call is then a second one: streamed components know their order only from then
     on. *cards* are names with bytes that may be reserved. No further call begins where it would
-    not end before *until_s* on *clock*. What is compiled is, in the first call, whose peak that of
-    compiling may be; the free call after it is kept apart.
+    not end before *until_s* on *clock*. What is compiled becomes so in the free call, whose peak
+    may be that of compiling; a call after it is kept apart, and no bound is tried.
 
     Raises:
         torch.OutOfMemoryError, ApplyFailed: if the weights do not fit.
@@ -239,7 +239,8 @@ def measure_pipeline(
     free = call(None)
     if free["outcome"] != "measured":
         return found
-    if any(option.strategy == "compile" for option in options):
+    is_compiled = any(option.strategy == "compile" for option in options)
+    if is_compiled and clock() + free["took_s"] <= until_s:
         found["compiled"] = call(None)
         found["calls"].pop()
     allocated_bytes = max(phase["allocated_bytes"] for phase in free["phases"])
@@ -251,6 +252,8 @@ def measure_pipeline(
             found["cards"][card] = _verdict(False, "more than it was allocated by a free call")
         elif card in trivial[:-1]:
             found["cards"][card] = _verdict(True, "a free call reserves less")
+        elif is_compiled:
+            found["cards"][card] = _verdict(None, "what is compiled does not compile again")
         elif clock() + free["took_s"] > until_s:
             found["cards"][card] = _verdict(None, "no time was left to try")
         elif any(verdict["fits"] is False for verdict in found["cards"].values()):

@@ -138,7 +138,10 @@ def leave_one_out(rows: Sequence[Row], *, num_workers: int) -> list[LeftOut]:
     chosen = [
         row
         for row in rows
-        if row.counts and row.kind == "allocated" and row.setup and not _is_offloaded(row.setup)
+        if row.predicted_gib is not None
+        and row.kind == "allocated"
+        and row.setup
+        and not _is_offloaded(row.setup)
     ]
     setups = {row.setup.key: row.setup for row in chosen if row.setup}
     asked = {key: (setup, _alternatives()) for key, setup in setups.items()}

@@ -95,11 +95,6 @@ class Row:
         assert self.predicted_gib is not None
         return self.predicted_gib / self.published_gib - 1
 
-    @property
-    def counts(self) -> bool:
-        """Whether the row is part of the summary."""
-        return self.predicted_gib is not None
-
 
 def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
     """Ask pipefit; seconds where the trace is not in the cache.

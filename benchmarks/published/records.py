@@ -7,6 +7,7 @@ name. What a source did besides (no safety checker, an older diffusers) is in ch
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -209,7 +210,7 @@ EXPLANATIONS: tuple[tuple[str, str], ...] = (
     ("ltx23", "read from the whole GPU; two runs of one encode differ by 9 %"),
     (
         "ssd-1b-a100-bf16-sdpa-compile",
-        "inductor keeps on disk what it tried, and had tried the same decoder for SDXL",
+        "inductor keeps on disk what it tried, and had probably tried the same decoder for SDXL",
     ),
 )
 """Part of a record's id -> why its prediction is off, where its fields do not tell."""
@@ -326,7 +327,7 @@ def _compiled(record: Record) -> Iterator[str]:
     said = record["levers"]["compile"] or ""
     if not said:
         return
-    mode = next((mode for mode in MODES if mode in said), MODES[0])
+    mode = max((mode for mode in MODES if mode in said), key=len, default=MODES[0])
     if record["kind"] in OF_ONE_COMPONENT:
         yield f"compile:scope=component,mode={mode}@component"
         return
@@ -466,11 +467,19 @@ def subject_of(setup: Setup) -> Any:
     """Return what to hand to pipefit: a name where it suffices, else a weightless pipeline."""
     if not setup.changes and not setup.component:
         return setup.pipeline
-    from pipefit.planner.build import build_pipeline
-
     if setup.component == ATTENTION:
         return OneComponent(AttentionCall())
-    pipe, _ = build_pipeline(setup.pipeline, dtype=setup.dtype)
-    for change in setup.changes:
-        CHANGES[change](pipe)
+    dtype = None if setup.dtype is None else tuple(setup.dtype.items())
+    pipe = _built(setup.pipeline, dtype, setup.changes)
     return OneComponent(getattr(pipe, setup.component)) if setup.component else pipe
+
+
+@functools.lru_cache(maxsize=2)
+def _built(name: str, dtype: tuple[tuple[str, str], ...] | None, changes: tuple[str, ...]) -> Any:
+    """Return a weightless pipeline, the same for records in a row: making it takes two seconds."""
+    from pipefit.planner.build import build_pipeline
+
+    pipe, _ = build_pipeline(name, dtype=None if dtype is None else dict(dtype))
+    for change in changes:
+        CHANGES[change](pipe)
+    return pipe

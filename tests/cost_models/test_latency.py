@@ -406,7 +406,6 @@ def test_a_routine_is_the_sum_of_what_it_launches_and_calls() -> None:
     times = LatencyModel(workload(kernels, (model, block)), A100)
     cost = times.routine_cost(0)
     assert cost.num_launches == 121
-    assert cost.flops == 60 * kernel_flops(kernels[0])
     assert cost.gpu_s == pytest.approx(
         60 * kernel_seconds(kernels[0], A100) + 61 * kernel_seconds(kernels[1], A100)
     )

@@ -3,12 +3,14 @@ that were measured on real GPUs."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cost_models.workloads import GPU, linear_stack, routine, workload
@@ -25,7 +27,7 @@ from pipefit.cost_models.prediction import Choice
 from pipefit.cost_models.replay import SMALLEST_SETTLED_EVENTS, Replay
 from pipefit.cost_models.residency import offload_groups
 from pipefit.cost_models.units import GIB, KIB, MIB
-from pipefit.cost_models.workload import Event, Kernel, Routine, Workload
+from pipefit.cost_models.workload import Event, Kernel, Launcher, Routine, Workload
 from pipefit.cost_models.workspace import CUBLAS_BYTES
 
 RESIDENT, MODEL, SEQUENTIAL = Resident(), ModelOffload(), SequentialOffload()
@@ -265,6 +267,28 @@ def test_what_fits_into_less_must_fit_where_memory_is_given_back_later_too() -> 
     (phase,) = simulate(found, chosen, GPU, budget_bytes=free.context_bytes + more)
     assert phase.process_bytes > free.context_bytes + more
     assert phase.allocated_bytes == free.allocated_bytes
+
+
+@pytest.mark.parametrize("launcher", ["compiled", "captured"])
+def test_what_was_tried_is_given_back_before_a_graph_is_captured(launcher: Launcher) -> None:
+    """Guards ``torch.cuda.graph.__enter__`` of torch 2.13, which empties the cache."""
+    assert "torch.cuda.empty_cache()" in inspect.getsource(torch.cuda.graph.__enter__)
+    kernels = (
+        replace(CONV, input_bytes=64 * MIB, launcher="tried"),
+        replace(GEMM, kind="elementwise", launcher=launcher),
+    )
+    found = workload(
+        [linear_stack("unet", [KIB])],
+        [routine(("k", 0), ("a", 0, MIB), ("k", 1), returns=(0,))],
+        [("c", 0, "/unet", (0,), ())],
+        [("unet", "forward", 1)],
+        kernels,
+    )
+    run = Replay(found, choices(found, RESIDENT), replace(GPU, l2_bytes=6 * MIB))
+    run.run()
+    assert run.peaks[0].allocated_bytes > 70 * MIB  # input and flush of the trial
+    is_kept = run.allocator.reserved_bytes > 64 * MIB
+    assert is_kept == (launcher == "compiled")
 
 
 def test_what_an_earlier_phase_left_cached_asks_for_no_slack() -> None:

@@ -93,6 +93,14 @@ def test_trying_a_convolution_takes_its_tensors_and_two_results_more_and_the_flu
     assert scratch_bytes(replace(tried, shape=transposed), card) == ()
     line = replace(tried, shape=(1, 256, 256, 1, 0, 1024, 1024, 3))
     assert scratch_bytes(line, card) == ()
+    for groups, kernel_size in ((1, 1), (256, 3)):
+        chosen = replace(line, shape=(1, 256, 256, groups, 0, 1024, 1024, kernel_size))
+        assert scratch_bytes(chosen, card)[:5] == (2 * PLANE, WEIGHT, *[2 * PLANE] * 3)
+    # Apple's kernels are not timed, and AMD's compute units are not counted.
+    apple = replace(unknown, architecture="apple", compute_capability=None)
+    assert scratch_bytes(tried, apple) == ()
+    amd = replace(unknown, architecture="rdna3", compute_capability=None, num_sms=32)
+    assert scratch_bytes(tried, amd) == scratch_bytes(tried, unknown)
 
 
 def test_trying_what_writes_into_a_given_result_takes_one_result() -> None:
@@ -118,6 +126,8 @@ def test_what_inductor_writes_is_timed_beside_all_that_is_alive() -> None:
     assert scratch_bytes(replace(fused, launcher="traced"), card) == ()
     for launcher in ("compiled", "captured"):
         assert scratch_bytes(replace(fused, launcher=launcher), card) == (40 * MIB,)
+        apple = replace(card, architecture="apple", compute_capability=None)
+        assert workspace_bytes(replace(fused, launcher=launcher), apple) == 0
     # A library's kernel that is not tried is not timed either.
     library = replace(UPSAMPLER, launcher="compiled")
     assert scratch_bytes(library, card) == scratch_bytes(UPSAMPLER, card)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +70,27 @@ def test_a_pipeline_that_would_compute_otherwise_has_another_key(
     assert state_digest(stable_diffusion()) == before
     change(pipe)
     assert state_digest(pipe) != before
+
+
+def test_another_process_finds_the_same_key() -> None:
+    code = (
+        "from tests.small_pipelines import stable_diffusion\n"
+        "from pipefit.planner.workloads import state_digest\n"
+        "print(state_digest(stable_diffusion()))"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0].strip()) == 64
 
 
 def test_a_call_does_not_change_the_key() -> None:
