@@ -7,10 +7,12 @@ and skipped where they are not.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.compiled_calls import eager
 from benchmarks.memory_accuracy import page, summary
 from benchmarks.published.changes import CHANGES
 from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
@@ -297,6 +299,13 @@ def test_what_was_compiled_is_asked_for(
     said: str, given: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert setup_of(record(levers={"compile": said}, **given)).strategies == expected
+
+
+def test_the_eager_call_beside_a_compiled_one_keeps_what_else_was_done() -> None:
+    compiled = setup_of(record(levers={"compile": "unet reduce-overhead", "vae_tiling": True}))
+    assert "vae_tiling" in compiled.strategies
+    assert eager(compiled).strategies == ("vae_tiling",)
+    assert replace(eager(compiled), strategies=compiled.strategies) == compiled
 
 
 @pytest.mark.parametrize(
