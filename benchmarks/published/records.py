@@ -210,7 +210,7 @@ EXPLANATIONS: tuple[tuple[str, str], ...] = (
     ("ltx23", "read from the whole GPU; two runs of one encode differ by 9 %"),
     (
         "ssd-1b-a100-bf16-sdpa-compile",
-        "inductor keeps on disk what it tried, and had probably tried the same decoder for SDXL",
+        "what inductor times was cached: it grew by what torch 2.2's plans, to the digit",
     ),
 )
 """Part of a record's id -> why its prediction is off, where its fields do not tell."""
