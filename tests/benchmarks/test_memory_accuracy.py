@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.compiled_calls import eager
-from benchmarks.memory_accuracy import page, summary
+from benchmarks.memory_accuracy import ninetieth, page, summary
 from benchmarks.published.changes import CHANGES
-from benchmarks.published.held_out import OURS, RULES, best_rules, regime_of, ruled_by
+from benchmarks.published.held_out import OURS, RULES, LeftOut, best_rules, regime_of, ruled_by
 from benchmarks.published.older_versions import as_until_0_30, as_until_0_36, torch_version
 from benchmarks.published.partial_calls import OneComponent
 from benchmarks.published.predictions import LOAD, Predicted, Row, rows_of
@@ -348,6 +348,16 @@ def test_every_pipeline_weighs_the_same() -> None:
     assert found.worst == pytest.approx(0.10)
     assert found.lowest == pytest.approx(-0.02)
     assert found.share_under == pytest.approx(1 / 3)
+
+
+def test_the_page_sums_up_what_was_left_out() -> None:
+    left_out = [
+        LeftOut(pipeline=str(n), num_rows=2, rules={}, error=n / 100, lowest=-n / 200)
+        for n in range(1, 11)
+    ]
+    assert ninetieth([one.error for one in left_out]) == 0.09
+    text = page([row("SD1.5", 0.01, setup=setup_of(record()))], left_out, 1.0)
+    assert "| all: median 5.50% | 20 | | 90 %: 9.00% | -5.00% |" in text
 
 
 def test_the_page_shows_every_record_and_why_one_has_no_prediction() -> None:
