@@ -72,7 +72,7 @@ LAYERWISE_CASTING_HOOK = "layerwise_casting"
 
 DEFAULTED = "_use_default_values"
 """Key under which a configuration of diffusers 0.42 lists the arguments that nobody gave, in an
-order that differs between processes (``extract_init_dict`` in configuration_utils.py)."""
+order that differs between processes (``register_to_config`` in configuration_utils.py)."""
 
 CHUNKING_ATTRIBUTES = ("_chunk_size", "_chunk_dim")
 """Where a block of diffusers 0.42 keeps in what parts, and by which dimension, its feed-forward

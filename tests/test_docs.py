@@ -39,6 +39,12 @@ def test_the_errors_of_predicted_memory_are_those_of_the_report() -> None:
     said = re.search(r"they predict its allocated peak within (\d+) %", " ".join(README.split()))
     assert said is not None
     assert int(said[1]) - 1 < max(errors) <= int(said[1])
+    records = report.split("\n## Allocated")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\S+) \| \S+ \| [\d.]+ \| [\d.]+†? \| ([+-][\d.]+)% \|", records, re.M)
+    assert "Two allocated records are off by more than 3 %" in " ".join(README.split())
+    far = {name: float(error) for name, error in rows if abs(float(error)) > 3}
+    assert len(far) == 2
+    assert all(error > 0 and name.startswith("diffusionfast-ssd-1b") for name, error in far.items())
 
 
 def test_the_errors_of_predicted_times_are_those_of_the_report() -> None:
