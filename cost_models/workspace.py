@@ -14,8 +14,9 @@ NCHW, 16 bits, sm80 on                input + weight + result    FLUX.1, SDXL, S
 NCHW, 16 bits, above 2**31 elements   none                       FLUX.1 batch 16
 NCHW, fp32                            input + weight             SDXL in fp32, A100 and A10G
 NCHW, fp16, before sm80               input + weight             SD 1.4 and 1.5, T4 or V100
-channels_last                         what is NCHW of input and  FLUX.1 batch 4 and 8, AnimateDiff
-                                      weight
+channels_last                         what is NCHW of input and  NVIDIA's guide, [1]; torch's
+                                      weight, copied by torch    cudnn/ConvShared.cpp; FLUX.1
+                                                                 batch 4 and 8, AnimateDiff, SD 1.4
 channels_last, fp32, before sm80      input + weight             none: the larger rule
 transposed, NCHW                      input + weight + result    none: the larger rule
 depthwise                             none: torch's own kernel   ``use_cudnn_depthwise`` in
@@ -24,6 +25,10 @@ depthwise, NCHW, fp16, 32 channels    as dense                   none: cuDNN may
 bfloat16 before sm80                  columns of one image       native/cuda/ConvolutionMM2d.cu:
                                                                  cuDNN has no such kernel
 ====================================  =========================  ===================================
+
+[1] Tensor cores convolve in NHWC; NCHW costs automatic transposes. "Tensor layouts in memory" in
+https://docs.nvidia.com/deeplearning/performance/dl-performance-convolutional/index.html, for Volta
+https://developer.nvidia.com/blog/tensor-core-ai-performance-milestones/.
 
 One and three dimensions follow the same rules as two (torch makes a 1D input contiguous and views
 it as 2D). Unknown hardware counts as sm80 or later. Grouped convolutions and those of few channels

@@ -3,7 +3,8 @@
 What a library asks for around a convolution is the one part of a prediction that was read off
 published peaks. Here it is found again: for each kind of convolution (:data:`OURS`) the rule is
 whichever of :data:`RULES` puts the records of all *other* pipelines least off, and with it the
-left-out pipeline is predicted. Where the others do not tell two rules apart, the larger is taken.
+left-out pipeline is predicted. Where the others do not tell rules apart, the documented one is
+taken (:data:`DOCUMENTED`), and where none is documented the largest.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ OURS = {
 }
 """The product's rules (cost_models/workspace.py) in these words."""
 
+DOCUMENTED = {"channels_last": "weight"}
+"""What needs no record, though records may contradict it; sources: the table of workspace.py."""
+
 Choice = Mapping[str, tuple[str, ...]]
 """Kind of convolution -> rules, of which each convolution is charged the one that gives most."""
 
@@ -58,14 +62,15 @@ def regime_of(kernel: Kernel, gpu: Gpu) -> str | None:
     channels, groups = kernel.shape[1], kernel.shape[3]
     if groups == channels > 1:
         return None
+    is_16_bit = DTYPE_BYTES.get(kernel.dtype) == 2
+    is_before_sm80 = (gpu.compute_capability or (8, 0)) < (8, 0)
     if kernel.channels_last:
-        return "channels_last"
-    if DTYPE_BYTES.get(kernel.dtype) != 2:
+        return "channels_last" if is_16_bit or not is_before_sm80 else None
+    if not is_16_bit:
         return "NCHW, 32 bits"
     if max(kernel.input_bytes, kernel.output_bytes) > 2 * workspace.INT32_INDEXED_ELEMENTS:
         return None
-    capability = gpu.compute_capability or (8, 0)
-    return "NCHW, 16 bits, sm80 on" if capability >= (8, 0) else "NCHW, 16 bits, before sm80"
+    return f"NCHW, 16 bits, {'before sm80' if is_before_sm80 else 'sm80 on'}"
 
 
 @contextmanager
@@ -95,16 +100,17 @@ def best_rules(
 ) -> dict[str, tuple[str, ...]]:
     """Return the rules of each kind that fit all pipelines but one; all where no other has it.
 
-    *errors* is kind -> rule -> (pipeline, error) of every record that meets the kind.
+    A documented rule that is among them stands alone. *errors* is kind -> rule ->
+    (pipeline, error) of every record that meets the kind.
     """
     found: dict[str, tuple[str, ...]] = {}
     for regime, by_rule in errors.items():
         scores = {rule: _score(rows, left_out) for rule, rows in by_rule.items()}
         known = {rule: score for rule, score in scores.items() if score is not None}
         least = min(known.values(), default=0.0)
-        found[regime] = tuple(
-            rule for rule in by_rule if known.get(rule, least) <= least + INDIFFERENT
-        )
+        fitting = tuple(r for r in by_rule if known.get(r, least) <= least + INDIFFERENT)
+        documented = DOCUMENTED.get(regime)
+        found[regime] = (documented,) if documented in fitting else fitting
     return found
 
 

@@ -206,14 +206,29 @@ def test_a_rule_is_found_without_the_pipeline_that_it_is_tested_on() -> None:
 
 def test_rules_that_records_do_not_tell_apart_give_way_to_the_larger() -> None:
     alike = ("input", "result + weight")
-    errors = {"channels_last": {r: [("a", 0.01 if r in alike else 0.2)] for r in RULES}}
-    assert best_rules(errors, "b") == {"channels_last": alike}
+    errors = {"NCHW, 32 bits": {r: [("a", 0.01 if r in alike else 0.2)] for r in RULES}}
+    assert best_rules(errors, "b") == {"NCHW, 32 bits": alike}
     gpu = find_gpu("a100-80gb")
     for input_bytes, output_bytes in ((4000, 1000), (1000, 4000)):
-        kernel = convolution(channels_last=True, input_bytes=input_bytes, output_bytes=output_bytes)
+        kernel = convolution(dtype="float32", input_bytes=input_bytes, output_bytes=output_bytes)
         with ruled_by(best_rules(errors, "b")) as met:
             assert sum(replay.scratch_bytes(kernel, gpu)) == max(input_bytes, output_bytes + 100)
-        assert met == {"channels_last"}
+        assert met == {"NCHW, 32 bits"}
+
+
+def test_a_documented_rule_is_taken_unless_the_other_records_contradict_it() -> None:
+    alike = {r: [("a", 0.01)] for r in RULES}
+    assert best_rules({"channels_last": alike}, "b") == {"channels_last": ("weight",)}
+    assert best_rules({"channels_last": alike}, "a") == {"channels_last": ("weight",)}
+    against = alike | {"weight": [("a", 0.2)]}
+    assert "weight" not in best_rules({"channels_last": against}, "b")["channels_last"]
+
+
+def test_scratch_that_no_record_was_asked_for_is_no_rule_to_find_again() -> None:
+    """fp32 in channels_last has no tensor cores before sm80, and no record there."""
+    kernel = convolution(dtype="float32", channels_last=True)
+    assert regime_of(kernel, find_gpu("t4")) is None
+    assert regime_of(kernel, find_gpu("a100-80gb")) == "channels_last"
 
 
 def test_the_products_rules_are_those_that_held_out_pipelines_are_compared_with() -> None:
