@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.published.older_versions import as_until_0_30, as_until_0_36
+from benchmarks.published.older_versions import as_until_0_30, as_until_0_36, as_until_0_37
 from benchmarks.published.partial_calls import prompt_only, with_embeddings
 from pipefit.planner.build import build_pipeline, quietly
 
@@ -113,5 +113,6 @@ CHANGES: Mapping[str, Callable[[DiffusionPipeline], None]] = {
     "embeddings given": with_embeddings,
     "diffusers 0.30": as_until_0_30,
     "diffusers 0.36": as_until_0_36,
+    "diffusers 0.37": as_until_0_37,
 }
 """By the name that tables show."""

@@ -11,7 +11,9 @@ pipeline, module by module, so that a record is compared with what ran then:
   all GPUs (triton/testing.py);
 * until January 2026 Z-Image attended under a mask of ones (huggingface/diffusers#12955), and until
   April the host waited for the GPU before and within each step (#13461), so that it could run ahead
-  of the GPU by no more than one.
+  of the GPU by no more than one;
+* until 0.37 Qwen-Image's autoencoder normalised 16 bits in 16 bits (huggingface/diffusers#13316, in
+  0.38).
 
 Classes are exchanged rather than methods, because a traced pipeline is copied first.
 """
@@ -30,6 +32,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXSpatialNorm3D,
 )
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
@@ -122,6 +125,15 @@ class ZImageUntil036(ZImageTransformer2DModel):
         return (*made[:2], _mask_of_ones(made[0]), *made[3:])
 
 
+class QwenNormUntil037(QwenImageRMS_norm):
+    """Normalises in the dtype that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return *x*, channels first or last, with the root mean square of its channels one."""
+        normalized = F.normalize(x, dim=1 if self.channel_first else -1)
+        return normalized * self.scale * self.gamma + self.bias
+
+
 def _mask_of_ones(sequences: Tensor) -> Tensor:
     """Return that of (batch, length, channels), where all sequences have the same length."""
     mask = torch.zeros(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
@@ -151,20 +163,32 @@ def torch_version(version: str) -> Iterator[None]:
 
 def as_until_0_30(pipe: DiffusionPipeline) -> None:
     """Make the components of a weightless *pipe* behave as in diffusers 0.30."""
-    for component in pipe.components.values():
-        for module in component.modules() if isinstance(component, torch.nn.Module) else ():
-            if type(module) is CogVideoXCausalConv3d:
-                module.__class__ = CausalConv3dUntil030
-                # The padding is in the copy, not in the convolution.
-                module.conv.padding = (0, 0, 0)
-            elif type(module) is CogVideoXSpatialNorm3D:
-                module.__class__ = SpatialNorm3DUntil030
-            elif type(module) is Upsample2D and module.interpolate and module.norm is None:
-                module.__class__ = Upsample2DUntil030
+    for module in _modules(pipe):
+        if type(module) is CogVideoXCausalConv3d:
+            module.__class__ = CausalConv3dUntil030
+            # The padding is in the copy, not in the convolution.
+            module.conv.padding = (0, 0, 0)
+        elif type(module) is CogVideoXSpatialNorm3D:
+            module.__class__ = SpatialNorm3DUntil030
+        elif type(module) is Upsample2D and module.interpolate and module.norm is None:
+            module.__class__ = Upsample2DUntil030
 
 
 def as_until_0_36(pipe: DiffusionPipeline) -> None:
     """Make the transformer of a weightless Z-Image behave as in diffusers 0.36."""
+    for module in _modules(pipe):
+        if type(module) is ZImageTransformer2DModel:
+            module.__class__ = ZImageUntil036
+
+
+def as_until_0_37(pipe: DiffusionPipeline) -> None:
+    """Make the autoencoder of a weightless Qwen-Image behave as in diffusers 0.37."""
+    for module in _modules(pipe):
+        if type(module) is QwenImageRMS_norm:
+            module.__class__ = QwenNormUntil037
+
+
+def _modules(pipe: DiffusionPipeline) -> Iterator[torch.nn.Module]:
     for component in pipe.components.values():
-        if type(component) is ZImageTransformer2DModel:
-            component.__class__ = ZImageUntil036
+        if isinstance(component, torch.nn.Module):
+            yield from component.modules()

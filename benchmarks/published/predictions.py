@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
+
+from diffusers import DiffusionPipeline
 
 from benchmarks.published.older_versions import torch_version
 from benchmarks.published.records import (
@@ -17,6 +20,7 @@ from benchmarks.published.records import (
     Unusable,
     counts_inputs,
     explanation,
+    is_growth,
     is_of_whole_process,
     outside_bytes,
     phases_of,
@@ -25,6 +29,7 @@ from benchmarks.published.records import (
     usable,
     weights_are_published,
 )
+from pipefit.cost_models.allocator import CachingAllocator
 from pipefit.cost_models.prediction import PhasePrediction
 from pipefit.cost_models.units import GIB
 from pipefit.planner.catalog import find_gpu, reference_machine
@@ -51,6 +56,8 @@ class Predicted:
     loading_bytes: int = 0
     """What lies on the GPU once all is loaded, before any offload."""
     context_bytes: int = 0
+    loaded_reserved_bytes: int = 0
+    """What torch has reserved before one component is called; 0 for whole pipelines."""
 
     @property
     def loaded_bytes(self) -> int:
@@ -118,7 +125,16 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
         host_ram_bytes=found.host_ram_bytes,
         loading_bytes=peak.loading_bytes,
         context_bytes=peak.context_bytes,
+        loaded_reserved_bytes=_loaded_reserved_bytes(subject) if setup.component else 0,
     )
+
+
+def _loaded_reserved_bytes(pipe: DiffusionPipeline) -> int:
+    allocator = CachingAllocator()
+    for component in pipe.components.values():
+        for tensor in chain(component.parameters(), component.buffers()):
+            allocator.allocate(tensor.nbytes)
+    return allocator.reserved_bytes
 
 
 def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
@@ -136,9 +152,17 @@ def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
             asked.append((record, setup))
     predicted = in_pool(_predict_or_say, setups, num_workers, "predicted")
     return [
-        _row(record, setup, None if isinstance(setup, str) else predicted[setup.key])
+        _row(record, kind, gib, setup, setup if isinstance(setup, str) else predicted[setup.key])
         for record, setup in asked
+        for kind, gib in _figures(record)
     ]
+
+
+def _figures(record: Record) -> Iterator[tuple[Kind, float]]:
+    """Yield the peaks that *record* states."""
+    yield record["peak_kind"].removesuffix("_presumed"), record["peak_memory_gib"]
+    if is_growth(record):
+        yield "reserved", record["peak_reserved_gib"]
 
 
 def in_pool(
@@ -163,13 +187,15 @@ def _predict_or_say(setup: Setup) -> Predicted | str:
         return str(error)
 
 
-def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) -> Row:
-    kind: Kind = record["peak_kind"].removesuffix("_presumed")
-    published: float = record["peak_memory_gib"]
-    if isinstance(setup, str) or isinstance(predicted, str) or predicted is None:
-        reason = setup if isinstance(setup, str) else str(predicted)
-        return Row(record=record, kind=kind, published_gib=published, note=reason)
+def _row(
+    record: Record, kind: Kind, published_gib: float, setup: Setup | str, predicted: Predicted | str
+) -> Row:
+    """Return a row; *setup* or *predicted* may say why there is no prediction."""
+    if isinstance(setup, str) or isinstance(predicted, str):
+        return Row(record=record, kind=kind, published_gib=published_gib, note=str(predicted))
     num_bytes = predicted.peak(kind, phases_of(record))
+    if kind == "reserved" and is_growth(record):
+        num_bytes -= predicted.loaded_reserved_bytes
     if not counts_inputs(record):
         num_bytes -= max(phase.carried_bytes for phase in predicted.phases)
     if kind == "process":
@@ -181,7 +207,7 @@ def _row(record: Record, setup: Setup | str, predicted: Predicted | str | None) 
     row = Row(
         record=record,
         kind=kind,
-        published_gib=published,
+        published_gib=published_gib,
         predicted_gib=predicted_gib,
         setup=setup,
         has_published_weights=has_published_weights,
