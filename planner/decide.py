@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeAlias
 
 from pipefit.cost_models.context import context_bytes
@@ -456,6 +457,8 @@ def _nothing_fits(
     lower: Sequence[tuple[Quality, Level]],
 ) -> NoPlanFits:
     assert limits.budget_bytes is not None
+    budget = limits.budget_bytes
+    budgets = tuple(budget.values()) if isinstance(budget, Mapping) else (budget,)
     smallest: dict[str, int] = {}
     levels = [(policy.quality, candidates)]
     levels += [(q, Candidates(price(), replace(policy, quality=q))) for q, price in lower]
@@ -463,14 +466,14 @@ def _nothing_fits(
         found = level.smallest(limits) if level.problems else None
         if found is not None:
             smallest[quality.value] = found.promised_bytes
-    asked = f"No plan keeps {_shown(limits.budget_bytes)}"
+    asked = f"No plan keeps {_shown(budget)}"
     if not candidates.problems:
         message = (
             f"{asked}: what is required and forbidden leaves no way to place the pipeline; drop "
             "one of the two."
         )
     else:
-        each = " on every GPU" if isinstance(limits.budget_bytes, Mapping) else ""
+        each = " on every GPU" if isinstance(budget, Mapping) else ""
         works = ", ".join(f"{_rounded_up(b)} at quality {q}" for q, b in smallest.items())
         roomy = _would_fit_with_more_ram(candidates, limits)
         more_ram = ""
@@ -479,13 +482,13 @@ def _nothing_fits(
             asked += f" with {format_bytes((limits.ram_bytes or 0) + process_bytes)} of RAM"
             needed_bytes = roomy.selection.host_bytes + process_bytes
             more_ram = f"have {_rounded_up(needed_bytes)} of RAM, "
+        enough = (q for q, _ in lower if smallest.get(q.value, math.inf) <= min(budgets))
+        allow = "".join(f"allow quality {q.value}, " for q in islice(enough, 1))
         message = (
-            f"{asked}: the smallest budget that works{each} is {works or 'none'}; {more_ram}raise "
-            "the budget, or lower the resolution, frames or batch."
+            f"{asked}: the smallest budget that works{each} is {works or 'none'}; {more_ram}{allow}"
+            "raise the budget, or lower the resolution, frames or batch."
         )
-    budget = limits.budget_bytes
-    largest = max(budget.values()) if isinstance(budget, Mapping) else budget
-    return NoPlanFits(message, budget_bytes=largest, smallest_budget_bytes=smallest)
+    return NoPlanFits(message, budget_bytes=max(budgets), smallest_budget_bytes=smallest)
 
 
 def _shown(budget: int | Mapping[int, int]) -> str:

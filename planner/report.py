@@ -97,6 +97,15 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
             )
             for peak in predicted.peak_vram
         ),
+        *(
+            Text(
+                f"This does not fit: GPU {peak.device} has {format_bytes(totals[peak.device])}. "
+                "`pipefit plan` looks for what does.",
+                style="red",
+            )
+            for peak in predicted.peak_vram
+            if peak.process_bytes > totals[peak.device]
+        ),
         _cost_line(predicted),
         "",
         _phase_table(predicted.phases, totals, of="of the GPU"),

@@ -177,6 +177,20 @@ def test_a_budget_smaller_than_a_layer_names_the_smallest_that_works(
         assert peak.process_bytes + peak.slack_bytes <= budget_bytes
 
 
+def test_a_quality_at_which_the_budget_would_do_is_advised() -> None:
+    pipe, _ = untouched("cogvideox")
+    asked: dict[str, Any] = {"call": small_call("cogvideox"), "machine": CARD, "quality": "exact"}
+    with pytest.raises(pipefit.NoPlanFits) as far_off:
+        api.plan(pipe, "4KiB", **asked)
+    assert "allow quality" not in _sentence(far_off.value)
+    smallest = far_off.value.smallest_budget_bytes
+    assert smallest["high"] < smallest["exact"]
+    with pytest.raises(pipefit.NoPlanFits, match="; allow quality high, raise the budget, or"):
+        api.plan(pipe, smallest["high"], **asked)
+    asked["quality"] = "high"
+    assert api.plan(pipe, smallest["high"], **asked).quality == "high"
+
+
 @pytest.mark.slow
 def test_too_little_ram_for_the_weights_is_said() -> None:
     with pytest.raises(pipefit.NoPlanFits) as caught:
