@@ -6,6 +6,8 @@ pipeline, module by module, so that a record is compared with what ran then:
 * until 0.30 the convolution caches of CogVideoX's autoencoder were state of its modules, so that
   old and new caches never lay side by side, frames were padded in a copy, and its spatial norm made
   scale and shift one after the other (huggingface/diffusers#9524, in 0.31);
+* until 0.30.2 both CogVideoX held a table of positions, used or not, and loading cast it to the
+  weights' dtype (transformers/cogvideox_transformer_3d.py; today's is float64, and 5b has none);
 * until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31);
 * until torch 2.6 inductor timed kernels with Triton's ``do_bench``, whose buffer has one size for
   all GPUs (triton/testing.py);
@@ -33,6 +35,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
+from diffusers.models.embeddings import CogVideoXPatchEmbed
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
@@ -170,8 +173,18 @@ def as_until_0_30(pipe: DiffusionPipeline) -> None:
             module.conv.padding = (0, 0, 0)
         elif type(module) is CogVideoXSpatialNorm3D:
             module.__class__ = SpatialNorm3DUntil030
+        elif type(module) is CogVideoXPatchEmbed:
+            _hold_positions(module)
         elif type(module) is Upsample2D and module.interpolate and module.norm is None:
             module.__class__ = Upsample2DUntil030
+
+
+def _hold_positions(embed: CogVideoXPatchEmbed) -> None:
+    frames = (embed.sample_frames - 1) // embed.temporal_compression_ratio + 1
+    rows, columns = embed.sample_height // embed.patch_size, embed.sample_width // embed.patch_size
+    length = embed.max_text_seq_length + frames * rows * columns
+    table = embed.proj.weight.new_empty(1, length, embed.embed_dim)
+    embed.register_buffer("pos_embedding", table, persistent=False)
 
 
 def as_until_0_36(pipe: DiffusionPipeline) -> None:

@@ -27,6 +27,7 @@ from benchmarks.published.predictions import LOAD, Predicted, Row, predict_setup
 from benchmarks.published.records import (
     PIPELINES,
     RECORDS,
+    Setup,
     Unusable,
     explanation,
     is_growth,
@@ -481,6 +482,16 @@ def test_older_classes_compute_what_the_newer_do() -> None:
             older.encode(video).latent_dist.mode(),
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded_gib"), [("cogvideox-5b", 19.764), ("cogvideox-2b", 12.55)]
+)
+def test_older_cogvideox_held_a_table_of_positions(name: str, loaded_gib: float) -> None:
+    """As much as https://github.com/sayakpaul/diffusers-torchao saw after loading, in bfloat16."""
+    dtype = {"default": "bfloat16"}
+    setup = Setup(pipeline=name, gpu="a100-80gb", dtype=dtype, changes=("diffusers 0.30",))
+    assert predict_setup(setup).loaded_bytes / GIB == pytest.approx(loaded_gib, abs=0.002)
 
 
 def test_an_older_z_image_computes_what_the_newer_does() -> None:
