@@ -50,6 +50,14 @@ LARGE_REQUEST_BYTES = 10 * MIB
 LARGE_SEGMENT_STEP_BYTES = 2 * MIB
 """Own segments are rounded up to a multiple of this: ``kRoundLarge``."""
 
+GRAPH_POOL = -1
+"""Stream that stands for the pool of CUDA graphs, which only they use and which stays with them.
+
+inductor's graphs of a device share one, from the run before the capture on
+(``CUDAGraphTreeManager`` in torch/_inductor/cudagraph_trees.py, 2.13); ``empty_cache`` leaves a
+pool whose graphs live alone (``release_cached_blocks`` in c10/cuda/CUDACachingAllocator.cpp).
+"""
+
 ADDRESS_RANGE_BYTES = 1 << 50
 """Room that an expandable segment may grow into.
 
@@ -349,10 +357,14 @@ class CachingAllocator:
             block.pool.add(block)
 
     def empty_cache(self) -> None:
-        """Give memory that nothing uses back to the driver, after waiting for all streams."""
+        """Give memory that nothing uses back to the driver, after waiting for all streams.
+
+        What is in :data:`GRAPH_POOL` stays.
+        """
         self.complete_deferred_frees()
-        for pool in self._pools.values():
-            self.reserved_bytes -= pool.release()
+        for (stream, _), pool in self._pools.items():
+            if stream != GRAPH_POOL:
+                self.reserved_bytes -= pool.release()
 
     def reset_peak(self) -> None:
         """Start the three peaks anew from what is held now."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipefit.cost_models.allocator import Block, CachingAllocator
+from pipefit.cost_models.allocator import GRAPH_POOL, Block, CachingAllocator
 from pipefit.cost_models.clock import GROUP_HOOK_S, TO_GPU, Clock
 from pipefit.cost_models.devices import place_of, places_of, split_bytes
 from pipefit.cost_models.latency import (
@@ -141,6 +141,7 @@ class Replay:
         self._cublas_bytes = cublas_bytes(gpu, workload.versions.get("torch", ""))
         self._has_cublas = False
         self._launchers = [kernel.launcher for kernel in workload.kernels]
+        self._pools = [self._pool_of(routine.events) for routine in workload.routines]
         self._has_tried = False
         """Whether kernels were tried for a graph that is not captured yet."""
         self._weight_bytes = self._workspace_bytes = self._carried_bytes = 0
@@ -196,6 +197,11 @@ class Replay:
                 self._call_component(event, blocks, self._phase_of[num_calls])
                 num_calls += 1
         self._leave_phase()
+
+    def _pool_of(self, events: Iterable[Event]) -> int:
+        """Return the stream from whose pool a routine allocates: that of CUDA graphs, or 0."""
+        is_graph = any(e[0] == "k" and self._launchers[e[1]] == "captured" for e in events)
+        return GRAPH_POOL if is_graph else 0
 
     def _call_component(self, event: Event, blocks: dict[int, Block], phase: int) -> None:
         """Replay a call that the pipeline makes; a traced variant may stand in for it."""
@@ -487,7 +493,7 @@ class Replay:
         ):
             settled = None
         if settled is not None and settled.num_replays >= REPLAYS_TO_SETTLE:
-            return self._repeat(settled, outside)
+            return self._repeat(settled, outside, self._pools[index])
         return self._observe(key, index, component, path, outside, hooks, is_entered, settled)
 
     def _observe(
@@ -548,7 +554,7 @@ class Replay:
             return self.allocator.requested_bytes
         return self.allocator.reserved_bytes
 
-    def _repeat(self, settled: _Settled, outside: list[Block]) -> list[Block]:
+    def _repeat(self, settled: _Settled, outside: list[Block], pool: int) -> list[Block]:
         """Stand in for a call that has settled: its peaks, its results and what it frees."""
         peak = Moment(*(n + p for n, p in zip(self._now(), settled.peak, strict=True)))
         self._peak = max(self._peak, peak)
@@ -558,7 +564,7 @@ class Replay:
         )
         if self._clock is not None:
             self._clock.skip(*settled.times)
-        results = [allocator.allocate(num_bytes) for num_bytes in settled.returned_bytes]
+        results = [allocator.allocate(num_bytes, pool) for num_bytes in settled.returned_bytes]
         self._note_peak()
         for block in outside:
             self._free(block)
@@ -570,14 +576,14 @@ class Replay:
         routine = self.workload.routines[index]
         if hooks is not None:
             self._onload_groups(hooks, component, path, routine.entry)
-        allocator = self.allocator
+        allocator, pool = self.allocator, self._pools[index]
         blocks: dict[int, Block] = {}
         is_split = component in self._places
         is_here = not is_split or self._place(component, path)
         for event in routine.events:
             kind = event[0]
             if kind == "a":
-                blocks[event[1]] = allocator.allocate(event[2] if is_here else 0)
+                blocks[event[1]] = allocator.allocate(event[2] if is_here else 0, pool)
                 if allocator.allocated_bytes > self._peak[0]:
                     self._peak = self._now()
             elif kind == "f":
@@ -618,7 +624,8 @@ class Replay:
         if not self._scratch[kernel]:
             return
         self._has_tried |= self._launchers[kernel] == "tried"
-        blocks = [self.allocator.allocate(num_bytes) for num_bytes in self._scratch[kernel]]
+        pool = GRAPH_POOL if self._launchers[kernel] == "captured" else 0
+        blocks = [self.allocator.allocate(num_bytes, pool) for num_bytes in self._scratch[kernel]]
         held_bytes = sum(block.num_bytes for block in blocks)
         self._workspace_bytes += held_bytes
         self._note_peak()

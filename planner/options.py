@@ -883,7 +883,7 @@ def _compiling_notes(compiled: Mapping[str, Mapping[str, Any]], more_s: float) -
     if any(mode.startswith("max-autotune") for mode in modes):
         notes.append("How long max-autotune tries kernels out is not known and comes on top.")
     if modes.intersection(CAPTURING_MODES):
-        notes.append("CUDA graphs keep a memory pool of their own, which is not counted.")
+        notes.append("CUDA graphs keep the memory that they reserve from everything else.")
     return tuple(notes)
 
 

@@ -291,6 +291,38 @@ def test_what_was_tried_is_given_back_before_a_graph_is_captured(launcher: Launc
     assert is_kept == (launcher == "compiled")
 
 
+@pytest.mark.parametrize("launcher", ["compiled", "captured"])
+def test_what_cuda_graphs_reserved_is_theirs_alone(launcher: Launcher) -> None:
+    """Guards inductor's trees of CUDA graphs of torch 2.13: one pool, from the first run on."""
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert "self.cuda_graphs_pool" in inspect.getsource(trees.CUDAWarmupNode.run)
+    assert "graph_pool_handle()" in inspect.getsource(trees.CUDAGraphTreeManager.__init__)
+    kernels = (replace(GEMM, kind="elementwise", launcher=launcher),)
+    graph: tuple[Event, ...] = (("a", 0, 64 * MIB), ("k", 0), ("a", 1, MIB), ("f", 0))
+    found = workload(
+        [linear_stack(name, [KIB]) for name in ("unet", "controlnet", "vae")],
+        [
+            routine(*graph, returns=(1,)),
+            routine(*graph, returns=(1,)),
+            routine(("a", 0, 64 * MIB), ("f", 0)),
+        ],
+        [
+            ("c", 0, "/unet", (0,), ()),
+            ("c", 1, "/controlnet", (1,), ()),
+            ("c", 2, "/vae", (), (0, 1)),
+        ],
+        [("unet", "forward", 1), ("controlnet", "forward", 1), ("vae", "decode", 1)],
+        kernels,
+    )
+    run = Replay(found, choices(found, RESIDENT), replace(GPU, l2_bytes=6 * MIB))
+    run.run()
+    unet, controlnet, vae = run.peak_reserved_bytes
+    assert controlnet < unet + 64 * MIB  # the graphs share a pool
+    assert vae - controlnet == (64 * MIB if launcher == "captured" else 0)
+    run.allocator.empty_cache()
+    assert (run.allocator.reserved_bytes > 64 * MIB) == (launcher == "captured")
+
+
 def test_what_an_earlier_phase_left_cached_asks_for_no_slack() -> None:
     found = text_to_image()
     encode, denoise, decode = replayed(found, RESIDENT)
