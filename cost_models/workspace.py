@@ -33,7 +33,7 @@ https://developer.nvidia.com/blog/tensor-core-ai-performance-milestones/.
 One and three dimensions follow the same rules as two (torch makes a 1D input contiguous and views
 it as 2D). Unknown hardware counts as sm80 or later. Grouped convolutions and those of few channels
 are charged like dense ones, which is the larger of what is possible: what Qwen-Image's encoder
-reserves fits without any for its first, of 3 channels (0.6 to 0.9 % less). Not modelled:
+reserves fits without any for its first, of 3 channels, at seven of eight sizes. Not modelled:
 torch 2.9 with cuDNN 9.8 to 9.14, where 16-bit convolutions in three dimensions are computed from
 columns (pytorch/pytorch#166643); what ``cudnn.benchmark`` tries out; FFT plans.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TypeAlias
 
 from pipefit.cost_models.context import context_bytes
@@ -482,8 +481,8 @@ def _nothing_fits(
             asked += f" with {format_bytes((limits.ram_bytes or 0) + process_bytes)} of RAM"
             needed_bytes = roomy.selection.host_bytes + process_bytes
             more_ram = f"have {_rounded_up(needed_bytes)} of RAM, "
-        enough = (q for q, _ in lower if smallest.get(q.value, math.inf) <= min(budgets))
-        allow = "".join(f"allow quality {q.value}, " for q in islice(enough, 1))
+        enough = [q.value for q, _ in lower if smallest.get(q.value, math.inf) <= min(budgets)]
+        allow = f"allow quality {enough[0]}, " if enough else ""
         message = (
             f"{asked}: the smallest budget that works{each} is {works or 'none'}; {more_ram}{allow}"
             "raise the budget, or lower the resolution, frames or batch."

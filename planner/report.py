@@ -99,12 +99,12 @@ def prediction_report(predicted: PredictedCall) -> RenderableType:
         ),
         *(
             Text(
-                f"This does not fit: GPU {peak.device} has {format_bytes(totals[peak.device])}. "
-                "`pipefit plan` looks for what does.",
+                f"This does not fit, not even with all {format_bytes(totals[peak.device])} of GPU "
+                f"{peak.device}: `pipefit plan` looks for what does.",
                 style="red",
             )
             for peak in predicted.peak_vram
-            if peak.process_bytes > totals[peak.device]
+            if peak.process_bytes + peak.slack_bytes > totals[peak.device]
         ),
         _cost_line(predicted),
         "",

@@ -58,8 +58,8 @@ def test_what_was_looked_up_afterwards_came_out_as_the_readme_says() -> None:
     errors = {name: float(error) for name, error in rows if "qwenvae" not in name}
     said = " ".join(README.split())
     assert f"{len(errors)} allocated peaks of HunyuanVideo" in said
-    off = {name: error for name, error in errors.items() if abs(error) > 0.3}
-    assert f"{len(errors) - len(off)} of them are predicted within 0.3 %" in said
+    off = {name: error for name, error in errors.items() if abs(error) > 0.4}
+    assert f"{len(errors) - len(off)} of them are predicted within 0.4 %" in said
     assert all("8bit" in name for name in off)
     assert "come out 3 and 6 % too low" in said
     assert sorted(round(error) for error in off.values()) == [-6, -3]

@@ -7,7 +7,8 @@ pipeline, module by module, so that a record is compared with what ran then:
   old and new caches never lay side by side, frames were padded in a copy, and its spatial norm made
   scale and shift one after the other (huggingface/diffusers#9524, in 0.31);
 * until 0.30.2 both CogVideoX held a table of positions, used or not, and loading cast it to the
-  weights' dtype (transformers/cogvideox_transformer_3d.py; today's is float64, and 5b has none);
+  weights' dtype (diffusers/models/transformers/cogvideox_transformer_3d.py; today's is float64, and
+  5b has none); records of 2024 until September are taken to be that old;
 * until 0.30 bfloat16 was upsampled through float32 (huggingface/diffusers#9480, in 0.31);
 * until torch 2.6 inductor timed kernels with Triton's ``do_bench``, whose buffer has one size for
   all GPUs (triton/testing.py);
@@ -133,8 +134,9 @@ class QwenNormUntil037(QwenImageRMS_norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return *x*, channels first or last, with the root mean square of its channels one."""
-        normalized = F.normalize(x, dim=1 if self.channel_first else -1)
-        return normalized * self.scale * self.gamma + self.bias
+        dim = 1 if self.channel_first else -1
+        # One expression, as there: what was normalised is freed on the way.
+        return F.normalize(x, dim=dim) * self.scale * self.gamma + self.bias
 
 
 def _mask_of_ones(sequences: Tensor) -> Tensor:
@@ -180,6 +182,7 @@ def as_until_0_30(pipe: DiffusionPipeline) -> None:
 
 
 def _hold_positions(embed: CogVideoXPatchEmbed) -> None:
+    """Give a weightless *embed* the table (1, prompt and patches, channels), without its values."""
     frames = (embed.sample_frames - 1) // embed.temporal_compression_ratio + 1
     rows, columns = embed.sample_height // embed.patch_size, embed.sample_width // embed.patch_size
     length = embed.max_text_seq_length + frames * rows * columns

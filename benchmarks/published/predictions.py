@@ -20,11 +20,11 @@ from benchmarks.published.records import (
     Unusable,
     counts_inputs,
     explanation,
-    is_growth,
     is_of_whole_process,
     outside_bytes,
     phases_of,
     setup_of,
+    states_growth,
     subject_of,
     usable,
     weights_are_published,
@@ -130,6 +130,7 @@ def predict_setup(setup: Setup, subject: Any = None) -> Predicted:
 
 
 def _loaded_reserved_bytes(pipe: DiffusionPipeline) -> int:
+    """Return what torch reserves for the tensors of *pipe*, loaded one by one and nothing else."""
     allocator = CachingAllocator()
     for component in pipe.components.values():
         for tensor in chain(component.parameters(), component.buffers()):
@@ -151,17 +152,20 @@ def rows_of(records: Iterable[Record], *, num_workers: int) -> list[Row]:
             setups[setup.key] = setup
             asked.append((record, setup))
     predicted = in_pool(_predict_or_say, setups, num_workers, "predicted")
-    return [
-        _row(record, kind, gib, setup, setup if isinstance(setup, str) else predicted[setup.key])
-        for record, setup in asked
-        for kind, gib in _figures(record)
-    ]
+    rows = []
+    for record, setup in asked:
+        for kind, gib in _figures(record):
+            if isinstance(setup, str):
+                rows.append(Row(record=record, kind=kind, published_gib=gib, note=setup))
+            else:
+                rows.append(_row(record, kind, gib, setup, predicted[setup.key]))
+    return rows
 
 
 def _figures(record: Record) -> Iterator[tuple[Kind, float]]:
     """Yield the peaks that *record* states."""
     yield record["peak_kind"].removesuffix("_presumed"), record["peak_memory_gib"]
-    if is_growth(record):
+    if states_growth(record):
         yield "reserved", record["peak_reserved_gib"]
 
 
@@ -188,13 +192,13 @@ def _predict_or_say(setup: Setup) -> Predicted | str:
 
 
 def _row(
-    record: Record, kind: Kind, published_gib: float, setup: Setup | str, predicted: Predicted | str
+    record: Record, kind: Kind, published_gib: float, setup: Setup, predicted: Predicted | str
 ) -> Row:
-    """Return a row; *setup* or *predicted* may say why there is no prediction."""
-    if isinstance(setup, str) or isinstance(predicted, str):
-        return Row(record=record, kind=kind, published_gib=published_gib, note=str(predicted))
+    """Return a row; *predicted* may say why there is no prediction."""
+    if isinstance(predicted, str):
+        return Row(record=record, kind=kind, published_gib=published_gib, note=predicted)
     num_bytes = predicted.peak(kind, phases_of(record))
-    if kind == "reserved" and is_growth(record):
+    if kind == "reserved" and states_growth(record):
         num_bytes -= predicted.loaded_reserved_bytes
     if not counts_inputs(record):
         num_bytes -= max(phase.carried_bytes for phase in predicted.phases)
@@ -217,5 +221,7 @@ def _row(
     notes = [explanation(record)] if is_off else []
     if predicted.peak_phase(kind) == LOAD and phases_of(record)(LOAD):
         notes.insert(0, LOADING)
+    if kind == "reserved" and states_growth(record):
+        notes.append("growth in the call")
     notes += [f"run with {change}" for change in setup.changes if change.startswith("diffusers")]
     return replace(row, note="; ".join(note for note in notes if note))

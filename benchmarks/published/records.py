@@ -88,6 +88,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 OTHERS = ("IP-Adapter", "LoRA", "use_pe=False")
 """What ``levers.other`` may contain: done to the pipeline, too small to be seen, or the default."""
 
+CLIP_TOKENS = 77
+"""A prompt's length that is no argument of the call: CLIP has no other."""
+
 CHECKERLESS = "diffusion-fast"
 """Sources, by a part of their ``source``, whose pipelines have no safety checker."""
 
@@ -180,8 +183,8 @@ def counts_inputs(record: Record) -> bool:
     return not str(record["metric"]).startswith("extra memory")
 
 
-def is_growth(record: Record) -> bool:
-    """Whether the record states, too, how much what is reserved grew in the call."""
+def states_growth(record: Record) -> bool:
+    """Whether the record's reserved figure is how much was added to what was reserved before."""
     return "growth of reserved" in str(record["metric"])
 
 
@@ -276,6 +279,8 @@ def _call(record: Record) -> dict[str, Any]:
     ):
         if value is not None:
             call[argument] = value
+    if record["max_sequence_length"] not in (None, CLIP_TOKENS):
+        call["max_sequence_length"] = record["max_sequence_length"]
     if record["pipeline"] == "Latte":
         call["video_length"] = call.pop("num_frames")
     if "IP-Adapter" in (record["levers"]["other"] or ""):
@@ -305,7 +310,7 @@ def _changes(record: Record) -> tuple[str, ...]:
     if record["pipeline"].startswith("Z-Image") and "Dec 2025" in record["software"]["diffusers"]:
         found.append("diffusers 0.36")
     if record["pipeline"] == "Qwen-Image VAE" and "InvokeAI" in record["source"]:
-        found.append("diffusers 0.37")  # not stated: what is reserved fits to the MiB with this one
+        found.append("diffusers 0.37")  # what it had then: invoke-ai/InvokeAI#9147
     if record["levers"]["fuse_qkv"]:
         found.append("fused QKV")
     return tuple(found)

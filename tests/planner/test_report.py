@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tests.planner.hand_built import MACHINE, PLAN, PREDICTED
 
-from pipefit.cost_models.units import GIB, MIB
+from pipefit.cost_models.units import GIB
 from pipefit.planner.plan import Rehearsed, RehearsedPeak
 from pipefit.planner.report import (
     REPORT_WIDTH,
@@ -102,12 +102,13 @@ def test_a_long_alternative_leaves_room_for_the_reason() -> None:
     assert line.endswith("24.00 GiB  40.0 s  16.55 GiB over in denoise")
 
 
-def test_a_prediction_that_does_not_fit_says_so() -> None:
-    said = "This does not fit: GPU 0 has 0.01 GiB. `pipefit plan` looks for what does."
-    assert "does not fit" not in to_text(prediction_report(PREDICTED))
-    [gpu] = PREDICTED.machine.gpus
-    small = replace(PREDICTED.machine, gpus=(replace(gpu, total_bytes=10 * MIB, free_bytes=0),))
-    assert said in to_text(prediction_report(replace(PREDICTED, machine=small)))
+@pytest.mark.parametrize("missing_bytes", [0, 1])
+def test_a_prediction_that_does_not_fit_says_so(missing_bytes: int) -> None:
+    [gpu], [peak] = PREDICTED.machine.gpus, PREDICTED.peak_vram
+    held_bytes = peak.process_bytes + peak.slack_bytes - missing_bytes
+    machine = replace(PREDICTED.machine, gpus=(replace(gpu, total_bytes=held_bytes),))
+    said = to_text(prediction_report(replace(PREDICTED, machine=machine)))
+    assert ("This does not fit, not even with all " in said) == bool(missing_bytes)
 
 
 def test_a_prediction_without_reasons_has_no_column_for_them() -> None:
