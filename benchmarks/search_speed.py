@@ -39,8 +39,9 @@ from pipefit.cost_models.sharing import Models
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import Candidates, limits_of
 from pipefit.planner.devices import price_devices
-from pipefit.planner.options import Pricing, Shared, process_options
+from pipefit.planner.options import process_options
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing, Shared
 from pipefit.planner.search import Candidate, Limits, Problem, search, smallest_budget
 from pipefit.planner.workloads import Observed, observe
 from pipefit.strategies.strategy import Option, Quality

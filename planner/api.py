@@ -20,13 +20,7 @@ from pipefit.cost_models.units import parse_bytes
 from pipefit.errors import ApplyFailed, InvalidRequest, PlanMismatch
 from pipefit.planner.decide import decide
 from pipefit.planner.devices import DevicePricing, price_devices
-from pipefit.planner.options import (
-    Pricing,
-    Shared,
-    check_required,
-    plan_options,
-    process_options,
-)
+from pipefit.planner.options import check_required, process_options
 from pipefit.planner.plan import Plan, PredictedCall, Rehearsal, Verification
 from pipefit.planner.policy import (
     BudgetRequest,
@@ -37,6 +31,7 @@ from pipefit.planner.policy import (
     parse_quality,
     parse_strategy_spec,
 )
+from pipefit.planner.pricing import Pricing, Shared, plan_options
 from pipefit.planner.probe import cpu_machine, probe
 from pipefit.planner.rehearsals import Rehearser
 from pipefit.planner.stock_maps import stock

@@ -20,9 +20,10 @@ from pipefit.cost_models.memory import PhaseMemory
 from pipefit.cost_models.units import GIB, format_bytes, format_seconds
 from pipefit.errors import NoPlanFits
 from pipefit.planner.devices import DevicePricing
-from pipefit.planner.options import Pick, Pricing, plan_options, quality_of, saved_share
+from pipefit.planner.options import quality_of, saved_share
 from pipefit.planner.plan import Alternative, Plan, Rehearsed
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pick, Pricing, plan_options
 from pipefit.planner.search import (
     Budget,
     Candidate,

@@ -40,18 +40,17 @@ from pipefit.cost_models.units import MIB
 from pipefit.cost_models.workload import Component, Phase, Workload, returned_bytes
 from pipefit.errors import InvalidRequest
 from pipefit.planner.checkpoints import checkpoints, rewriting_bytes, rewritten_bytes
-from pipefit.planner.options import (
+from pipefit.planner.options import at_device, process_options
+from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import (
     MIXED,
     Pick,
     Pricing,
-    at_device,
     device_peak,
     host_notes,
     loading_notes,
     phase_prediction,
-    process_options,
 )
-from pipefit.planner.policy import Policy
 from pipefit.planner.search import Budget, Candidate, Problem, Selection
 from pipefit.planner.trace_cache import without_garbage_collection
 from pipefit.planner.workloads import Observed
@@ -85,7 +84,7 @@ class SharedPrices:
 class DevicePricing:
     """Prices every candidate of one workload on several GPUs, the pipeline on one of them.
 
-    The same questions are answered as by :class:`~pipefit.planner.options.Pricing`; peaks are those
+    The same questions are answered as by :class:`~pipefit.planner.pricing.Pricing`; peaks are those
     of ``columns``.
     """
 

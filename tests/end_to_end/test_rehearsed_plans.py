@@ -24,9 +24,9 @@ from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.cli import main
 from pipefit.planner.decide import MAX_REHEARSALS, Configuration, Rehearse, decide
-from pipefit.planner.options import Pricing
 from pipefit.planner.plan import Plan, Rehearsal, Rehearsed, RehearsedPeak
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.rehearsals import QUICK_S, REHEARSED_STEPS, estimated_s, rehearsed_kernels
 from pipefit.planner.rehearse import rehearse
 from pipefit.planner.snapshot import differences, snapshot

@@ -16,8 +16,8 @@ from pipefit.errors import NoPlanFits
 from pipefit.planner.api import verify
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import Candidates
-from pipefit.planner.options import Pricing
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.search import Limits
 from pipefit.planner.workloads import observe
 from pipefit.strategies.strategy import Option, Quality

@@ -26,9 +26,10 @@ from pipefit.planner import api
 from pipefit.planner.catalog import reference_machine
 from pipefit.planner.decide import decide
 from pipefit.planner.devices import DevicePricing, main_gpus, price_devices
-from pipefit.planner.options import Pricing, process_options
+from pipefit.planner.options import process_options
 from pipefit.planner.plan import Plan
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.search import Limits, search
 from pipefit.planner.stock_maps import stock
 from pipefit.planner.workloads import Observed, observe

@@ -18,8 +18,8 @@ from tests.small_pipelines import flux, small_call, stable_diffusion
 
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.options import Pricing, Shared
 from pipefit.planner.policy import Policy, parse_strategy_spec
+from pipefit.planner.pricing import Pricing, Shared
 from pipefit.planner.probe import cpu_machine
 from pipefit.planner.workloads import (
     _described,

@@ -27,8 +27,9 @@ from pipefit.cost_models.workspace import (
 from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.options import Pricing, compute_variants
+from pipefit.planner.options import compute_variants
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.snapshot import differences, snapshot
 from pipefit.planner.trace import trace
 from pipefit.planner.workloads import _apply_parts

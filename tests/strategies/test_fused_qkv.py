@@ -16,8 +16,8 @@ from pipefit.cost_models.latency import launch_seconds
 from pipefit.cost_models.placement import Resident
 from pipefit.cost_models.prediction import Choice
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.options import Pricing
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.workloads import observe
 from pipefit.strategies import conflict_of, strategy
 from pipefit.strategies.fused_qkv import FUSED_LAYERS

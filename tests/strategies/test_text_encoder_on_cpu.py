@@ -18,8 +18,8 @@ from pipefit.cost_models.residency import load_order
 from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import reference_machine
-from pipefit.planner.options import Pricing
 from pipefit.planner.policy import Policy
+from pipefit.planner.pricing import Pricing
 from pipefit.planner.rehearse import on_stage, rehearse
 from pipefit.planner.signatures import GPU
 from pipefit.planner.snapshot import differences, snapshot
