@@ -280,7 +280,7 @@ How the rows are asked:
   xformers it states 18.22 iterations a second on the same card elsewhere, which is 2.74 s for 50
   steps alone, more than the 2.63 s of the last row; channels last makes the difference.
 - The row of the cuDNN auto-tuner is the only evidence for what trials gain, so its distance to the
-  first row is no prediction; see `CUDNN_TRIAL_GAIN` in `cost_models/latency.py`. The others are,
+  first row is no prediction; see `CUDNN_TRIAL_GAIN` in `cost_models/roofline.py`. The others are,
   with the constants of the fit: the fp32 rate was assumed, not fitted.
 
 ## Memory

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 
-from pipefit.cost_models.latency import Attention, LatencyModel
+from pipefit.cost_models.latency import LatencyModel
 from pipefit.cost_models.placement import (
     GroupOffload,
     ModelOffload,
@@ -30,6 +30,7 @@ from pipefit.cost_models.placement import (
     SequentialOffload,
 )
 from pipefit.cost_models.residency import model_offload_residency
+from pipefit.cost_models.roofline import Attention
 from pipefit.cost_models.workload import Event, Kernel, Workload
 from pipefit.errors import TraceError
 from pipefit.planner.build import build_pipeline
@@ -567,8 +568,8 @@ A prediction's range (`low_s`, `high_s`) is meant to hold nine of ten later call
 divided by 1.3 and by 0.7, which is the ninetieth percentile of the fit on sources that it had not
 seen, and transfers divided and multiplied by 1.6.
 
-How a time comes about, and where each constant is from, is in `cost_models/latency.py` and
-`cost_models/transfers.py`.
+How a time comes about, and where each constant is from, is in `cost_models/roofline.py`,
+`cost_models/latency.py` and `cost_models/transfers.py`.
 """
 
 LIMITS = """\

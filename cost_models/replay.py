@@ -19,12 +19,7 @@ from typing import NamedTuple
 from pipefit.cost_models.allocator import GRAPH_POOL, Block, CachingAllocator
 from pipefit.cost_models.clock import GROUP_HOOK_S, TO_GPU, Clock
 from pipefit.cost_models.devices import place_of, places_of, split_bytes
-from pipefit.cost_models.latency import (
-    LAUNCHER_SHARE,
-    kernel_seconds,
-    launch_seconds,
-    num_launches,
-)
+from pipefit.cost_models.latency import launch_seconds
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.placement import (
     GroupOffload,
@@ -45,6 +40,7 @@ from pipefit.cost_models.residency import (
     sequential_groups,
     sequential_resident_bytes,
 )
+from pipefit.cost_models.roofline import LAUNCHER_SHARE, kernel_seconds, num_launches
 from pipefit.cost_models.streaming import streamed_bytes
 from pipefit.cost_models.transfers import COPY_LATENCY_S, link_rates, pin_bytes_per_s
 from pipefit.cost_models.workload import SYNCHRONISE, Event, Workload, returned_bytes, split_path

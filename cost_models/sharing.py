@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipefit.cost_models.latency import DEFAULT_FLAGS, Flags, LatencyModel
+from pipefit.cost_models.latency import LatencyModel
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.memory import MemoryModel
+from pipefit.cost_models.roofline import DEFAULT_FLAGS, Flags
 from pipefit.cost_models.timeline import Timeline
 from pipefit.cost_models.workload import Component, Event, Kernel, Routine, Workload
 from pipefit.cost_models.workspace import cublas_bytes

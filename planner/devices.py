@@ -23,7 +23,6 @@ from pipefit.cost_models.devices import (
     streamed_parts,
 )
 from pipefit.cost_models.host_memory import host_bytes, host_peak
-from pipefit.cost_models.latency import Attention
 from pipefit.cost_models.machine import Gpu, Machine
 from pipefit.cost_models.memory import SLACK_SHARE, PhaseMemory, simulate
 from pipefit.cost_models.placement import (
@@ -34,6 +33,7 @@ from pipefit.cost_models.placement import (
     Split,
 )
 from pipefit.cost_models.prediction import Choice, Latency, Prediction
+from pipefit.cost_models.roofline import Attention
 from pipefit.cost_models.sharing import Models, figures, united
 from pipefit.cost_models.transfers import link_rates
 from pipefit.cost_models.units import MIB

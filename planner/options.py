@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipefit.cost_models.latency import DEFAULT_FLAGS, Flags, LatencyModel
+from pipefit.cost_models.latency import LatencyModel
 from pipefit.cost_models.machine import Gpu, Host
 from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Streaming
+from pipefit.cost_models.roofline import DEFAULT_FLAGS, Flags
 from pipefit.cost_models.workload import Component, Workload
 from pipefit.errors import InvalidRequest, UnknownName
 from pipefit.planner.checkpoints import shards_option

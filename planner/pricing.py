@@ -14,7 +14,6 @@ from typing import Any, TypeAlias, cast, get_args
 
 from pipefit.cost_models.context import context_bytes
 from pipefit.cost_models.host_memory import PROCESS_BYTES, HostPeak, host_bytes, host_peak
-from pipefit.cost_models.latency import Attention
 from pipefit.cost_models.machine import DISK_BYTES_PER_S, Gpu
 from pipefit.cost_models.memory import PhaseMemory, simulate
 from pipefit.cost_models.placement import (
@@ -27,6 +26,7 @@ from pipefit.cost_models.placement import (
 )
 from pipefit.cost_models.prediction import Choice, DevicePeak, Latency, PhasePrediction, Prediction
 from pipefit.cost_models.residency import model_offload_residency
+from pipefit.cost_models.roofline import Attention
 from pipefit.cost_models.sharing import Models, figures
 from pipefit.cost_models.units import format_bytes, format_seconds
 from pipefit.cost_models.workload import Component, Phase, Workload, calls_in_order, variant_key

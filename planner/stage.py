@@ -24,14 +24,10 @@ import torch
 from pipefit.cost_models.allocator import Block, CachingAllocator, OutOfCapacity
 from pipefit.cost_models.clock import COMPUTE, GROUP_HOOK_S, TO_GPU, TO_HOST, Clock, Span
 from pipefit.cost_models.context import context_bytes
-from pipefit.cost_models.latency import (
-    host_kernel_seconds,
-    kernel_seconds,
-    launch_seconds,
-    num_launches,
-)
+from pipefit.cost_models.latency import launch_seconds
 from pipefit.cost_models.machine import Gpu, Link
 from pipefit.cost_models.placement import GroupOffload, ModelOffload, Placement, Split, Streaming
+from pipefit.cost_models.roofline import host_kernel_seconds, kernel_seconds, num_launches
 from pipefit.cost_models.transfers import (
     BLOCK_HOOK_S,
     COPY_LATENCY_S,

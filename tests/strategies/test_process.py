@@ -14,7 +14,8 @@ from tests.small_pipelines import picture
 from tests.strategies.described import ADA, decoding, described
 
 from pipefit import predict
-from pipefit.cost_models.latency import CUDNN_TRIAL_GAIN, Flags, LatencyModel, kernel_seconds
+from pipefit.cost_models.latency import LatencyModel
+from pipefit.cost_models.roofline import CUDNN_TRIAL_GAIN, Flags, kernel_seconds
 from pipefit.cost_models.workload import Kernel, Workload
 from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options

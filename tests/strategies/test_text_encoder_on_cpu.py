@@ -12,9 +12,9 @@ from tests.small_pipelines import picture, small_call
 
 from pipefit import predict
 from pipefit.cost_models.allocator import allocated_bytes
-from pipefit.cost_models.latency import CPU_FLOPS_PER_S_PER_CORE, kernel_flops
 from pipefit.cost_models.machine import Gpu
 from pipefit.cost_models.residency import load_order
+from pipefit.cost_models.roofline import CPU_FLOPS_PER_S_PER_CORE, kernel_flops
 from pipefit.errors import InvalidRequest
 from pipefit.planner.apply import apply_options
 from pipefit.planner.catalog import reference_machine
