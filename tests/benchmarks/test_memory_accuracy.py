@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -56,6 +57,8 @@ from pipefit.cost_models.workload import Kernel
 from pipefit.cost_models.workspace import workspace_bytes
 from pipefit.planner.build import build_pipeline
 from pipefit.planner.catalog import find_gpu, gpu_names, pipeline_names
+
+COMPILE_PAGE = Path(__file__).parents[2] / "docs" / "compile.md"
 
 LEVERS = dict.fromkeys(
     (
@@ -452,6 +455,42 @@ def test_what_is_reserved_grows_as_published() -> None:
     then, now = (gib / found["peak_reserved_gib"] for gib in grown)
     assert then == pytest.approx(1, rel=0.001)
     assert now == pytest.approx(1.017, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantization", "published_gib", "predicted_gib"),
+    [
+        ("int4wo", 15.238 - 14.654, 0.53),
+        ("float8_weight_only", 22.115 - 21.488, 0.60),
+        ("int8_weight_only", 22.473 - 21.482, 0.50),
+    ],
+)
+def test_cuda_graphs_reserve_what_the_page_on_compiling_says(
+    quantization: str, published_gib: float, predicted_gib: float
+) -> None:
+    setup = setup_of(
+        record(
+            pipeline="FLUX.1-dev",
+            gpu="H100 80GB",
+            height=1024,
+            width=1024,
+            batch_size=1,
+            steps=50,
+            guidance_scale=3.5,
+            max_sequence_length=512,
+            dtypes={"core": "bfloat16", "text_encoders": "bfloat16", "vae": "bfloat16"},
+            levers={
+                "quantization": f"torchao {quantization} (transformer + T5-XXL)",
+                "compile": "max-autotune",
+            },
+        )
+    )
+    compiled, plain = (predict_setup(one).peak("reserved") / GIB for one in (setup, eager(setup)))
+    assert compiled - plain == pytest.approx(predicted_gib, abs=0.005)
+    page = COMPILE_PAGE.read_text("utf-8")
+    assert f"{published_gib:.2f}" in page
+    assert f"{predicted_gib:.2f}" in page
 
 
 def test_loading_counts_unless_the_figure_is_of_a_part_of_the_call() -> None:
